@@ -1,0 +1,1 @@
+"""Configuration as data: parsed and checked once, frozen afterwards."""

@@ -1,0 +1,1 @@
+"""The diffusion engine: step scheduler, workers, and models written on shared parts."""

@@ -1,0 +1,93 @@
+"""What travels through a pipeline's verbs: conditioning, guidance and the state of one request's denoising.
+
+State lives here, in the request, and never in a module: so requests with different steps, seeds and scales can be
+denoised in one batch, stopped between steps, and resumed.
+
+Shapes: B pictures of one request, S latent tokens, C channels of a token, T text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """One branch's conditioning of one request. Every tensor has the batch first, so that requests can be stacked."""
+
+    text_BTD: torch.Tensor
+    """Text states."""
+    text_mask_BT: torch.Tensor | None = None
+    """True where a text token counts; None when all do."""
+    pooled_BD: torch.Tensor | None = None
+    """Pooled text, for models that modulate with it."""
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Further tensors of one family by name, batch first."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What ``encode`` returns: the positive branch and, with classifier-free guidance, the negative one."""
+
+    positive: Conditioning
+    negative: Conditioning | None = None
+
+
+@dataclass
+class DenoiseState:
+    """One request between its first and its last denoise step."""
+
+    request_id: str
+    latents: torch.Tensor
+    """[B, S, C], packed as the transformer takes them; float32 or the model's dtype, as the reference has it."""
+    sigmas: torch.Tensor
+    """[steps + 1] noise levels, the last one 0, float32 on the CPU."""
+    timesteps: torch.Tensor
+    """[steps] what the transformer is told, float32 on the CPU."""
+    branches: Branches
+    grid: tuple[int, ...]
+    """Latent grid in tokens: (rows, columns), or (frames, rows, columns)."""
+    size: tuple[int, int]
+    """Height and width of the result in pixels."""
+    guidance_scale: float | None = None
+    """Embedded guidance; None for models without."""
+    cfg_scale: float = 1.0
+    """Classifier-free guidance; used when there is a negative branch."""
+    step_index: int = 0
+    """Steps done."""
+    seed: int | None = None
+    """The seed the noise was drawn from, when it was."""
+    keep_trajectory: bool = False
+    trajectory: list[torch.Tensor] = field(default_factory=list)
+    """Latents after each step when ``keep_trajectory``."""
+    solver: Any = None
+    """State of a multi-step solver."""
+    layout: Hashable = None
+    """Whatever else of the family must agree for two requests to share a forward."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in all."""
+        return len(self.timesteps)
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.step_index >= self.num_steps
+
+    def batch_key(self) -> Hashable:
+        """Requests with equal keys can share one forward: same latent grid and the same set of branches.
+
+        Step index, step count, seed, scales and text length may differ.
+        """
+        return (
+            self.latents.shape[1:],
+            self.grid,
+            self.branches.negative is not None,
+            self.guidance_scale is None,
+            self.layout,
+        )

@@ -1,0 +1,1 @@
+"""Prompts and sampling parameters: pure data, checked at the edge."""
