@@ -13,9 +13,11 @@ Two things need care on a machine without an NVIDIA GPU, where vLLM's CPU wheel 
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -24,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_SECONDS = 3
+LINES_KEPT = 40
+"""Lines of pip's output that are shown when it fails."""
 
 SHIM = '''"""Declares torchvision's operator schemas when its own library cannot be loaded (CUDA build beside a CPU torch)."""
 import importlib.abc
@@ -50,18 +54,47 @@ sys.meta_path.insert(0, _DeclareOps())
 '''
 
 
-def run(*command: str | Path, quiet: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a command; stop with its output when it fails."""
-    result = subprocess.run([str(part) for part in command], text=True, capture_output=quiet)
-    if result.returncode and not quiet:
-        sys.exit(f"install: {' '.join(str(part) for part in command)} failed with status {result.returncode}")
-    return result
+def say(text: str) -> None:
+    """One line of progress."""
+    print(f"install: {text}", flush=True)
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command and keep what it prints; the caller looks at its status."""
+    return subprocess.run([str(part) for part in command], text=True, capture_output=True)
+
+
+def pip_install(python: Path, title: str, *arguments: str) -> None:
+    """Run ``pip install`` with one line of progress in place of pip's many; stop with their end when it fails."""
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar=off", *arguments]
+    live = sys.stdout.isatty()
+    started, found = time.monotonic(), 0
+    say(f"{title} ...")
+    output: list[str] = []
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.append(line)
+            what = re.match(r"(Collecting|Installing collected packages|Building) ?(\S*)", line.strip())
+            if not what:
+                continue
+            found += what[1] == "Collecting"
+            text = f"{found} packages found, now {what[2]}" if what[1] == "Collecting" else what[1].lower()
+            if live:
+                print(f"\r\033[K  {text[:100]}", end="", flush=True)
+            elif what[1] == "Installing collected packages" or (found and found % 50 == 0):
+                print(f"  {time.monotonic() - started:4.0f} s  {text}", flush=True)
+    if live:
+        print("\r\033[K", end="", flush=True)
+    if process.returncode:
+        sys.exit("".join(output[-LINES_KEPT:]) + f"install: pip failed with status {process.returncode}")
+    say(f"{title}: {time.monotonic() - started:.0f} s")
 
 
 def has_nvidia_gpu() -> bool:
     """Whether the driver's tool lists a GPU."""
     tool = shutil.which("nvidia-smi")
-    return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
+    return tool is not None and run(tool, "-L").returncode == 0
 
 
 def cpu_index_answers() -> bool:
@@ -75,22 +108,34 @@ def cpu_index_answers() -> bool:
 
 def imports(python: Path, module: str) -> bool:
     """Whether ``module`` imports in a fresh process of the environment."""
-    return run(python, "-c", f"import {module}", quiet=True).returncode == 0
+    return run(python, "-c", f"import {module}").returncode == 0
 
 
 def mend_torch_companions(python: Path) -> None:
     """Make torchvision importable beside a CPU torch; remove the companions that cannot be."""
     for package in ("torchaudio", "torchcodec"):
-        installed = run(python, "-m", "pip", "show", "-q", package, quiet=True).returncode == 0
+        installed = run(python, "-m", "pip", "show", "-q", package).returncode == 0
         if installed and not imports(python, package):
             run(python, "-m", "pip", "uninstall", "-q", "-y", package)
+            say(f"removed {package} (a CUDA build, which this torch cannot load; nothing here needs it)")
     if imports(python, "torchvision"):
         return
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", quiet=True).stdout.strip())
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
     (site / "_torchvision_ops.py").write_text(SHIM)
     (site / "_torchvision_ops.pth").write_text("import _torchvision_ops\n")
     if not imports(python, "torchvision"):
-        sys.exit("install: torchvision cannot be imported; see the message of: python -c 'import torchvision'")
+        sys.exit("install: torchvision cannot be imported:\n" + run(python, "-c", "import torchvision").stderr)
+    say("declared torchvision's operators (a CUDA build beside a CPU torch)")
+
+
+def make_environment(venv: Path) -> Path:
+    """Create the environment where it is not there yet; returns its interpreter."""
+    python = venv / "bin" / "python"
+    if not (python.exists() and imports(python, "pip")):
+        made = run(sys.executable, "-m", "venv", "--clear", venv)
+        if made.returncode:
+            sys.exit(f"install: {sys.executable} -m venv {venv} failed:\n{made.stdout}{made.stderr}")
+    return python
 
 
 def main() -> None:
@@ -100,27 +145,24 @@ def main() -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="which vLLM (default: by GPU)"
     )
     args = parser.parse_args()
+    if sys.version_info < (3, 11):
+        sys.exit(f"install: Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
 
     device = args.device if args.device != "auto" else ("cuda" if has_nvidia_gpu() else "cpu")
-    python = args.venv / "bin" / "python"
-    if not python.exists():
-        run(sys.executable, "-m", "venv", args.venv)
-    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    python = make_environment(args.venv)
+    index: list[str] = []
     if device == "cpu":
         index = ["--extra-index-url", TORCH_CPU_INDEX] if cpu_index_answers() else []
-        print("install: torch (CPU build)", flush=True)
-        run(*pip, *index, TORCH)
-    else:
-        index = []
-    print(f"install: vllm-omni[{device},test] and what it needs (minutes)", flush=True)
-    run(*pip, *index, "-e", f"{ROOT}[{device},test]")
+        pip_install(python, "torch (CPU build)", *index, TORCH)
+    pip_install(python, f"vllm-omni[{device},test] and what it needs", *index, "-e", f"{ROOT}[{device},test]")
     if device == "cpu":
         mend_torch_companions(python)
+
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-    version = subprocess.run([python, "-m", "vllm_omni", "--version"], env=env, text=True, capture_output=True)
+    version = subprocess.run([args.venv / "bin" / "vllm-omni", "--version"], env=env, text=True, capture_output=True)
     if version.returncode:
         sys.exit(f"install: the package does not start:\n{version.stderr}")
-    print(f"install: {version.stdout.strip()} ({device}) in {args.venv}", flush=True)
+    say(f"{version.stdout.strip()} ({device}) in {args.venv}")
 
 
 if __name__ == "__main__":

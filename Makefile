@@ -1,0 +1,49 @@
+# What a developer runs. `make` alone lists the targets.
+#   PYTHON  interpreter that makes the environment (3.11 or newer)
+#   VENV    where the environment is
+#   DEVICE  auto | cpu | cuda: which vLLM `make install` takes
+PYTHON ?= python3
+VENV ?= .venv
+DEVICE ?= auto
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+SOURCES := vllm_omni tests tools examples benchmarks
+# Tests marked `gpu` run only where the driver lists a GPU.
+GPU := $(shell nvidia-smi -L 2>/dev/null)
+MARKS := $(if $(GPU),,-m "not gpu")
+
+export OMP_NUM_THREADS ?= 1
+export VLLM_LOGGING_LEVEL ?= WARNING
+
+.PHONY: help install demo lint check test bench docs clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+$(READY): pyproject.toml tools/install.py
+	@$(PYTHON) tools/install.py --venv $(VENV) --device $(DEVICE)
+	@touch $@
+
+install: $(READY) ## make the environment in .venv
+
+demo: $(READY) ## draw a picture and show it in the terminal
+	@$(BIN)/python tools/demo.py
+
+lint: $(READY) ## style of the code: ruff check, ruff format
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+check: lint ## lint and types: mypy --strict on the package
+	$(BIN)/mypy --strict vllm_omni
+
+test: $(READY) ## the whole test suite
+	$(BIN)/python -m pytest $(MARKS) $(ARGS)
+
+bench: $(READY) ## measure the overhead of the orchestration on this machine
+	$(BIN)/python benchmarks/orchestration.py
+
+docs: $(READY) ## write the generated pages again
+	$(BIN)/python tools/generate_docs.py
+
+clean: ## remove what the other targets made, but not the environment
+	rm -rf build dist outputs .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,1 @@
+"""What users touch: the classes `Omni` and `AsyncOmni`, the command line, the HTTP server."""

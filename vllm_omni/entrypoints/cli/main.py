@@ -1,0 +1,94 @@
+"""Entry of ``vllm-omni``.
+
+Only the command that is asked for is imported, so that ``--version`` and ``--help`` answer at once. Every error leaves
+as one line on stderr: status 2 for bad input, 1 for a failure, 130 for Ctrl-C.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from vllm_omni.errors import ConfigError, OmniError, RequestError
+from vllm_omni.version import __version__
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "generate": ("vllm_omni.entrypoints.cli.generate", "Make pictures from prompts."),
+    "config": ("vllm_omni.entrypoints.cli.config", "Show settings and where they come from."),
+    "models": ("vllm_omni.entrypoints.cli.models", "List the supported models with their features and defaults."),
+    "tiny-model": ("vllm_omni.entrypoints.cli.tiny_model", "Write a tiny random checkpoint in the released layout."),
+}
+"""Command -> (module, first line of its help). A module has ``register(app)``; a test compares the help lines."""
+
+USAGE_STATUS = 2
+FAILURE_STATUS = 1
+BAD_INPUT = (typer.TyperException, ConfigError, RequestError, FileNotFoundError)
+
+
+def _not_loaded() -> None:
+    raise AssertionError("a command that was not asked for ran")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vllm-omni {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the Python traceback of an error (works behind a command too).")
+    ] = False,
+) -> None:
+    """Serve models that read and make text, images, audio and video, as a graph of stages."""
+
+
+def build_app(wanted: str | None) -> typer.Typer:
+    """The application with the command ``wanted`` loaded; the other commands only stand in the list of ``--help``."""
+    app = typer.Typer(name="vllm-omni", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+    app.callback()(_options)
+    for name, (module, line) in COMMANDS.items():
+        if name == wanted:
+            importlib.import_module(module).register(app)
+        else:
+            app.command(name, help=line)(_not_loaded)
+    return app
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, typer.TyperException):
+        text = error.format_message()
+    elif isinstance(error, (OmniError, OSError)):
+        text = str(error)
+    else:
+        text = f"unexpected {type(error).__name__}: {error} (--traceback shows where)"
+    return " ".join(text.split())
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; returns its exit status."""
+    show_traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
+    try:
+        return int(build_app(wanted)(arguments or ["--help"], prog_name="vllm-omni", standalone_mode=False) or 0)
+    except KeyboardInterrupt:
+        print("vllm-omni: stopped", file=sys.stderr)
+        return 130
+    except typer.Abort:
+        return FAILURE_STATUS
+    except Exception as error:  # the process's main: whatever went wrong leaves as one line
+        if show_traceback:
+            raise
+        print(f"vllm-omni: {_one_line(error)}", file=sys.stderr)
+        return USAGE_STATUS if isinstance(error, BAD_INPUT) else FAILURE_STATUS
+
+
+def main() -> None:
+    """Console entry point."""
+    sys.exit(run(sys.argv[1:]))
