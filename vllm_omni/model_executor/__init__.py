@@ -1,0 +1,1 @@
+"""Autoregressive and generation stages: models, edges between stages, stage configurations."""

@@ -1,0 +1,1 @@
+"""Models of autoregressive and generation stages, on vLLM's layers."""
