@@ -7,9 +7,9 @@ Every protocol is optional. The model runner looks each one up once, when the mo
     OmniStepper          work after sampling: code predictor, outputs to hand to the next stage
     OmniGenerator        a one-pass stage (vocoder): payloads in, outputs out, no tokens
 
-The hooks run on every tensor-parallel rank with the same data, on the model's device, under ``inference_mode``, outside
-CUDA graphs. A hook that finds its input wrong raises ``RequestError`` (``OmniRequestState.tensor`` does so): that request
-alone fails. Every other exception ends the stage.
+The hooks run on every tensor-parallel rank with the same data, on the model's device, under ``inference_mode``,
+outside CUDA graphs. A hook that finds its input wrong raises ``RequestError`` (``OmniRequestState.tensor`` does so):
+that request alone fails. Every other exception ends the stage.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 from vllm_omni.errors import OmniError, RequestError
 
 StepOutputs = Sequence[Mapping[str, Any]] | Mapping[str, torch.Tensor]
-"""Outputs of a batch: one mapping a request (empty: nothing to send), or one mapping of tensors whose first dimension is
-the batch. The second form costs one copy to the host for the whole batch; prefer it."""
+"""Outputs of a batch: one mapping a request (empty: nothing to send), or one mapping of tensors whose first dimension
+is the batch. The second form costs one copy to the host for the whole batch; prefer it."""
 
 
 @dataclass(eq=False)
@@ -87,8 +87,8 @@ class OmniEmbedder(Protocol):
 
         ``rows`` holds the embeddings of the token ids when it is called. Positions below ``state.prompt_len`` are the
         prompt; position ``state.prompt_len + i`` is decode step ``i``, whose input is the token sampled as step ``i``.
-        A call may cover a part of the prompt (chunked prefill) or prompt and earlier steps together (a preempted request
-        is computed again), so keep per-step embeddings by index, not as "the last one".
+        A call may cover a part of the prompt (chunked prefill) or prompt and earlier steps together (a preempted
+        request is computed again), so keep per-step embeddings by index, not as "the last one".
         """
 
 
