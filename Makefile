@@ -33,8 +33,8 @@ lint: $(READY) ## style of the code: ruff check, ruff format
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 
-check: lint ## lint and types: mypy --strict on the package
-	$(BIN)/mypy --strict vllm_omni
+check: lint ## lint and types: mypy (strict) on the package
+	$(BIN)/mypy vllm_omni
 
 test: $(READY) ## the whole test suite
 	$(BIN)/python -m pytest $(MARKS) $(ARGS)

@@ -6,9 +6,9 @@ Two things need care on a machine without an NVIDIA GPU, where vLLM's CPU wheel 
 * torch's CPU build comes from PyTorch's own index where that answers (it is asked with a short time-out), else from
   whatever pip is configured with (a folder of wheels, a mirror).
 * torchvision, torchaudio and torchcodec on PyPI are CUDA builds. Against a CPU torch, torchaudio and torchcodec cannot
-  be imported and are removed (nothing here needs them). torchvision is needed, but its import fails because its operator
-  library does not load; a start-up file in the environment declares the two operator schemas that it looks up, just
-  before its first import. It works in every process of the environment, spawned ones too.
+  be imported and are removed (nothing here needs them). torchvision is needed, but its import fails because its
+  operator library does not load; a start-up file in the environment declares the two operator schemas that it looks
+  up, just before its first import. It works in every process of the environment, spawned ones too.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PROBE_SECONDS = 3
 LINES_KEPT = 40
 """Lines of pip's output that are shown when it fails."""
 
-SHIM = '''"""Declares torchvision's operator schemas when its own library cannot be loaded (CUDA build beside a CPU torch)."""
+SHIM = '''"""Declares the operator schemas of a torchvision whose library cannot be loaded (CUDA build, CPU torch)."""
 import importlib.abc
 import sys
 
@@ -145,7 +145,7 @@ def main() -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="which vLLM (default: by GPU)"
     )
     args = parser.parse_args()
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (an older interpreter shall say so)
         sys.exit(f"install: Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
 
     device = args.device if args.device != "auto" else ("cuda" if has_nvidia_gpu() else "cpu")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_omni.config.schema import parse
 from vllm_omni.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch  # not at run time: the command line reads the fields below for its --help
 
 LoadFormat = Literal["default", "dummy", "custom_pipeline"]
 
@@ -158,6 +159,8 @@ class OmniDiffusionConfig:
     @property
     def torch_dtype(self) -> torch.dtype:
         """``dtype`` as torch knows it, ``auto`` resolved."""
+        import torch
+
         if self.dtype == "auto":
             return torch.bfloat16 if self.device_type == "cuda" else torch.float32
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
@@ -165,6 +168,8 @@ class OmniDiffusionConfig:
     @property
     def device_type(self) -> str:
         """``device`` with ``auto`` resolved: ``cuda`` or ``cpu``."""
+        import torch
+
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         return self.device
