@@ -6,6 +6,7 @@ Every protocol is optional. The model runner looks each one up once, when the mo
     OmniDecodeEmbedder   the same for decode steps, as one batched call (saves launches on a GPU)
     OmniStepper          work after sampling: code predictor, outputs to hand to the next stage
     OmniGenerator        a one-pass stage (vocoder): payloads in, outputs out, no tokens
+    OmniWarmUp           called once before the first request: capture graphs, fill caches
 
 The hooks run on every tensor-parallel rank with the same data, on the model's device, under ``inference_mode``,
 outside CUDA graphs. A hook that finds its input wrong raises ``RequestError`` (``OmniRequestState.tensor`` does so):
@@ -131,3 +132,12 @@ class OmniGenerator(Protocol):
 
     def omni_generate(self, states: Sequence[OmniRequestState]) -> StepOutputs:
         """Outputs of a batch of requests, from their ``info``. Keeps no state between calls."""
+
+
+@runtime_checkable
+class OmniWarmUp(Protocol):
+    """Prepares before the first request."""
+
+    def omni_warm_up(self, max_num_seqs: int) -> None:
+        """Called once, with weights loaded and the KV cache in place: capture CUDA graphs for up to ``max_num_seqs``
+        requests, fill tables."""
