@@ -1,7 +1,8 @@
-"""Tokenizer and chat template of the tiny omni checkpoints: byte-level BPE in Qwen's form, trained on a few sentences."""
+"""Tokenizer and chat template of the tiny omni checkpoints: Qwen's byte-level BPE, trained on a few sentences."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -74,7 +75,7 @@ def _add_word(word: str, vocab: dict[str, int], merges: list[tuple[str, str]]) -
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     parts = list(word)
     while len(parts) > 1:
-        pairs = list(zip(parts, parts[1:], strict=False))
+        pairs = list(itertools.pairwise(parts))
         at = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(merges)))
         if pairs[at] not in ranks:
             at = 0
