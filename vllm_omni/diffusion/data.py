@@ -106,6 +106,8 @@ class OmniDiffusionConfig:
     """Seconds that a collective operation may take."""
     max_num_seqs: int = 8
     """Requests that are denoised together at most."""
+    max_num_batched_tokens: int | None = None
+    """Latent tokens that one denoise step may process at most; default: what the GPU's memory allows, as measured."""
     enforce_eager: bool = False
     """Do not compile the repeated blocks (a CPU never does)."""
     vae_use_slicing: bool = False
@@ -120,6 +122,11 @@ class OmniDiffusionConfig:
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs={self.max_num_seqs}: must be at least 1", field="max_num_seqs")
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < 1:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens}: must be at least 1",
+                field="max_num_batched_tokens",
+            )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization}: must be in (0, 1]",

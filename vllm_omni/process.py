@@ -1,0 +1,56 @@
+"""What every child process of the package does first: tie its life to its parent's.
+
+Two nets, because each has a hole: ``PR_SET_PDEATHSIG`` acts at once but only on Linux and only for the thread that made
+the child; the lifeline (a pipe whose other end only the parent holds) works everywhere, but needs a thread that runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent dies, however it dies.
+
+    Args:
+        parent_pid: the parent's id as the parent knew it, so that a parent that died before this call is noticed.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def watch_lifeline(lifeline: Connection, on_message: Callable[[bytes], None] | None = None) -> threading.Thread:
+    """Start a thread that ends this process when the parent's end of ``lifeline`` closes.
+
+    Args:
+        lifeline: the child's end; the parent keeps its end open and sends on it at most small messages.
+        on_message: called in the thread with each message; without it a message is ignored.
+    """
+
+    def watch() -> None:
+        while True:
+            try:
+                message = lifeline.recv_bytes()
+            except (EOFError, OSError):
+                os._exit(1)
+            if on_message is not None:
+                on_message(message)
+
+    thread = threading.Thread(target=watch, name="lifeline", daemon=True)
+    thread.start()
+    return thread
