@@ -4,6 +4,7 @@ Every protocol is optional. The model runner looks each one up once, when the mo
 
     OmniEmbedder         prompt and per-step embeddings are built from what an earlier stage sent
     OmniDecodeEmbedder   the same for decode steps, as one batched call (saves launches on a GPU)
+    OmniPositioner       rotary positions of the prompt (models with mrope)
     OmniStepper          work after sampling: code predictor, outputs to hand to the next stage
     OmniGenerator        a one-pass stage (vocoder): payloads in, outputs out, no tokens
     OmniWarmUp           called once before the first request: capture graphs, fill caches
@@ -99,6 +100,16 @@ class OmniDecodeEmbedder(OmniEmbedder, Protocol):
 
     def omni_embed_decode(self, states: Sequence[OmniRequestState], step_idx: Sequence[int]) -> torch.Tensor:
         """Input embeddings [B, H] of step ``step_idx[b]`` of ``states[b]`` (see ``omni_embed``)."""
+
+
+@runtime_checkable
+class OmniPositioner(Protocol):
+    """Says where the prompt's tokens stand (models with multi-dimensional rotary positions)."""
+
+    def omni_mrope_positions(self, state: OmniRequestState) -> tuple[torch.Tensor, int]:
+        """Positions [3, prompt_len] int64 of the prompt, and what to add to the index of a later token (all three
+        dimensions of decode step ``i`` stand at ``prompt_len + i + delta``). Replaces vLLM's
+        ``get_mrope_input_positions``, which sees token ids and media but no payload."""
 
 
 @runtime_checkable

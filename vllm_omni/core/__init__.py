@@ -1,0 +1,1 @@
+"""Scheduling of autoregressive and generation stages."""

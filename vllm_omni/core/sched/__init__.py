@@ -1,0 +1,1 @@
+"""Schedulers of autoregressive and generation stages."""

@@ -1,0 +1,201 @@
+"""``GPUARModelRunner``: an autoregressive stage of a graph.
+
+Four methods of vLLM's V1 runner are extended, none is copied::
+
+    _update_states   opens, feeds and closes request states
+    _preprocess      lets the model overwrite input embeddings with what an earlier stage sent
+    _sample          keeps the sampled tokens
+    sample_tokens    calls the model's step hook and attaches hidden states and its outputs
+
+Hidden states leave under ``hidden.<layer>`` with ``start``, the position of their first row: the whole prompt with the
+first token, one row with each further one. Step outputs leave under the model's own names with ``step``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+from vllm_omni.errors import ConfigError, OmniError
+from vllm_omni.model_executor.models.interfaces import (
+    OmniDecodeEmbedder,
+    OmniEmbedder,
+    OmniPositioner,
+    OmniRequestState,
+    OmniStepper,
+    StepOutputs,
+)
+from vllm_omni.worker.emission import Emission, HeldRows, OmniAsyncOutput, Row
+from vllm_omni.worker.model_runner import OmniGPUModelRunner
+
+FINAL = -1
+EMBEDDINGS = 0
+
+
+def layer_name(layer: int) -> str:
+    """Name under which the hidden states of ``layer`` travel."""
+    return f"hidden.{layer}"
+
+
+class GPUARModelRunner(OmniGPUModelRunner):
+    """Runs a model token by token, with payloads in and hidden states and step outputs out."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self._layers = self.omni_config.hidden_layers
+        # vLLM's own way out for inner layers: with this flag the model returns (hidden, aux) also without a drafter.
+        self._aux_layers = tuple(sorted(layer for layer in self._layers if layer not in (FINAL, EMBEDDINGS)))
+        if self._aux_layers:
+            self.use_aux_hidden_state_outputs = True
+        self._embedder: OmniEmbedder | None = None
+        self._decode_embedder: OmniDecodeEmbedder | None = None
+        self._stepper: OmniStepper | None = None
+        self._positioner: OmniPositioner | None = None
+        self._embeddings: torch.Tensor | None = None
+        self._sampled: torch.Tensor | None = None
+        self._held: dict[str, HeldRows] = {}
+
+    def _find_hooks(self, model: torch.nn.Module) -> None:
+        self._embedder = model if isinstance(model, OmniEmbedder) else None
+        self._decode_embedder = model if isinstance(model, OmniDecodeEmbedder) else None
+        self._stepper = model if isinstance(model, OmniStepper) else None
+        self._positioner = model if isinstance(model, OmniPositioner) else None
+        if self._embedder is not None and not (self.enable_prompt_embeds or self.supports_mm_inputs):
+            raise ConfigError("this model builds its input embeddings: set enable_prompt_embeds", field="model_arch")
+
+    def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...] | None:
+        return self._aux_layers or super()._get_eagle3_aux_layers_from_config()
+
+    def _init_mrope_positions(self, req_state: CachedRequestState) -> None:
+        if self._positioner is None:
+            super()._init_mrope_positions(req_state)
+            return
+        positions, delta = self._positioner.omni_mrope_positions(self.omni_states[req_state.req_id])
+        req_state.mrope_positions, req_state.mrope_position_delta = positions.cpu(), delta
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Callable[[], None] | None:
+        for req_id in scheduler_output.finished_req_ids:
+            self._held.pop(req_id, None)
+        self._update_omni(scheduler_output)
+        deferred: Callable[[], None] | None = super()._update_states(scheduler_output)
+        return deferred
+
+    def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._preprocess(scheduler_output, *args, **kwargs)
+        input_ids, inputs_embeds = prepared[0], prepared[1]
+        if self._embedder is not None:
+            self._write_embeddings(self._embedder, inputs_embeds)
+        if EMBEDDINGS in self._layers:
+            count = scheduler_output.total_num_scheduled_tokens
+            # A copy: the first fused norm of some backends writes the residual into its input.
+            self._embeddings = (
+                self.get_model().embed_input_ids(input_ids[:count])
+                if inputs_embeds is None
+                else inputs_embeds[:count].clone()
+            )
+        return prepared
+
+    def _rows(self) -> list[Row]:
+        """The batch of this step, in order."""
+        ends = self.query_start_loc.np
+        positions = self.input_batch.num_computed_tokens_cpu
+        partial = self.discard_request_mask.np
+        return [
+            Row(i, self.omni_states[rid], int(ends[i]), int(ends[i + 1]), int(positions[i]), bool(partial[i]))
+            for i, rid in enumerate(self.input_batch.req_ids)
+        ]
+
+    def _write_embeddings(self, embedder: OmniEmbedder, inputs_embeds: torch.Tensor) -> None:
+        decode: list[Row] = []
+        for row in self._rows():
+            if row.state.error is not None:
+                continue
+            single_step = row.end - row.begin == 1 and row.pos >= row.state.prompt_len
+            if single_step and self._decode_embedder is not None:
+                decode.append(row)
+                continue
+            try:
+                embedder.omni_embed(row.state, row.pos, inputs_embeds[row.begin : row.end])
+            except OmniError as error:
+                row.state.error = error
+        if decode and self._decode_embedder is not None:
+            rows = self._decode_embedder.omni_embed_decode(
+                [row.state for row in decode], [row.pos - row.state.prompt_len for row in decode]
+            )
+            begin = decode[0].begin
+            if decode[-1].begin - begin == len(decode) - 1:
+                inputs_embeds[begin : begin + len(decode)] = rows
+            else:
+                index = torch.tensor([row.begin for row in decode], device=inputs_embeds.device)
+                inputs_embeds.index_copy_(0, index, rows.to(inputs_embeds.dtype))
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        output = super()._sample(*args, **kwargs)
+        self._sampled = output.sampled_token_ids
+        return output
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """vLLM's sampling, then the model's step hook; attaches ``pooler_output``."""
+        step = self.execute_model_state
+        if step is None:
+            return super().sample_tokens(grammar_output)
+        rows = self._rows()
+        output = super().sample_tokens(grammar_output)
+        chosen, layers = self._hidden_rows(rows, step)
+        held = [self._held.setdefault(row.state.request_id, HeldRows()) for row in chosen]
+        emission = Emission(len(rows), chosen, layers, held)
+        sampling = [row for row in rows if not row.partial and row.state.error is None]
+        if self._stepper is not None and sampling:
+            emission.steps = sampling
+            emission.outputs = self._step(self._stepper, sampling, len(rows), step.sample_hidden_states)
+        self._sampled = self._embeddings = None
+        if not self.omni_sends:
+            return output
+        failed = [row for row in rows if row.state.error is not None and not row.partial]
+        if not (emission.rows or emission.steps or failed):
+            return output
+        return self._attach(output, emission, failed)
+
+    def _hidden_rows(self, rows: list[Row], step: Any) -> tuple[list[Row], dict[str, torch.Tensor]]:
+        """The requests whose hidden states are sent, and those states one after another."""
+        chosen = [row for row in rows if row.state.request_id in self.omni_emit and row.state.error is None]
+        if not self._layers or not chosen or not self.omni_sends:
+            return [], {}
+        inner = dict(zip(self._aux_layers, step.aux_hidden_states or (), strict=False))
+        sources = {FINAL: step.hidden_states, EMBEDDINGS: self._embeddings, **inner}
+        layers: dict[str, torch.Tensor] = {}
+        for layer in self._layers:
+            states = sources[layer]
+            assert states is not None
+            if len(chosen) == len(rows):
+                layers[layer_name(layer)] = states[: rows[-1].end]
+            else:
+                layers[layer_name(layer)] = torch.cat([states[row.begin : row.end] for row in chosen])
+        return chosen, layers
+
+    def _step(self, stepper: OmniStepper, rows: list[Row], batch: int, hidden: torch.Tensor) -> StepOutputs:
+        assert self._sampled is not None
+        sampled = self._sampled[:, 0].long()
+        if len(rows) < batch:
+            index = torch.tensor([row.index for row in rows], device=sampled.device)
+            sampled, hidden = sampled[index], hidden[index]
+        states: list[OmniRequestState] = [row.state for row in rows]
+        return stepper.omni_step(states, [row.step_idx for row in rows], sampled, hidden)
+
+    def _attach(self, output: Any, emission: Emission, failed: list[Row]) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        if isinstance(output, AsyncModelRunnerOutput):
+            emission.clone()
+            return OmniAsyncOutput(output, emission, failed, self._get_or_create_async_output_copy_stream())
+        if self.device.type != "cpu":
+            emission.to_host()
+            torch.cuda.current_stream().synchronize()
+        output.pooler_output = emission.payloads()
+        emission.fail(output.pooler_output, failed)
+        return output

@@ -1,0 +1,59 @@
+"""``GPUARWorker`` and ``GPUGenerationWorker``: vLLM's worker of the platform with this package's model runners."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from vllm_omni.errors import ConfigError
+from vllm_omni.model_executor.models.registry import ensure_registered
+from vllm_omni.worker.gpu_ar_model_runner import GPUARModelRunner
+from vllm_omni.worker.gpu_generation_model_runner import GPUGenerationModelRunner
+from vllm_omni.worker.model_runner import OmniGPUModelRunner
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as VllmWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as VllmWorker
+
+
+class OmniWorker(VllmWorker):
+    """Builds the runner of ``runner_cls`` and makes the package's models known in the worker's process."""
+
+    runner_cls: type[OmniGPUModelRunner]
+    model_runner: OmniGPUModelRunner
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        ensure_registered(vllm_config.model_config.architectures)
+        super().__init__(vllm_config, *args, **kwargs)
+        if self.use_v2_model_runner:
+            raise ConfigError("omni stages run on vLLM's V1 model runner", field="VLLM_USE_V2_MODEL_RUNNER")
+
+    def init_device(self) -> None:
+        """vLLM's start of the device. Its CPU worker builds its runner inline, so it is built again here."""
+        super().init_device()
+        if not isinstance(self.model_runner, self.runner_cls):
+            self.model_runner = self._make_model_runner()
+
+    def _make_model_runner(self) -> OmniGPUModelRunner:
+        return self.runner_cls(self.vllm_config, self.device)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's warm-up, then the model's own."""
+        times = super().compile_or_warm_up_model()
+        self.model_runner.omni_warm_up()
+        return times
+
+
+class GPUARWorker(OmniWorker):
+    """Worker of an autoregressive stage."""
+
+    runner_cls = GPUARModelRunner
+
+
+class GPUGenerationWorker(OmniWorker):
+    """Worker of a generation stage."""
+
+    runner_cls = GPUGenerationModelRunner
