@@ -7,46 +7,31 @@ the release, ``config.json`` in the released form, generation defaults, tokenize
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
     GenerationConfig,
     Qwen2_5OmniConfig,
     Qwen2_5OmniForConditionalGeneration,
     Qwen2_5OmniProcessor,
-    Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
     WhisperFeatureExtractor,
 )
 
+from vllm_omni.model_executor.tiny_models.text import chat_template, make_tokenizer
+
 VOICES = ("Chelsie", "Ethan")
 """Names of the voices of the release."""
 HIDDEN = 64
-VOCAB = 320
+VOCAB = 512
 CODEC_VOCAB = 8448
-_SPECIALS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|AUDIO|>",
-    "<|audio_bos|>",
-    "<|audio_eos|>",
-    "<|vision_bos|>",
-    "<|vision_eos|>",
-    "<|IMAGE|>",
-    "<|VIDEO|>",
-    "<tts_pad>",
-    "<tts_text_bos>",
-    "<tts_text_eod>",
-    "<tts_text_bos_single>",
-)
 _MARKERS = {
     "image_token": "<|IMAGE|>",
     "audio_token": "<|AUDIO|>",
@@ -56,49 +41,34 @@ _MARKERS = {
     "audio_bos_token": "<|audio_bos|>",
     "audio_eos_token": "<|audio_eos|>",
 }
-_TEMPLATE = """{%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['content'] is string -%}{{ message['content'] }}
-{%- else -%}{%- for part in message['content'] -%}
-{%- if part['type'] in ['image', 'image_url'] -%}{{ '<|vision_bos|><|IMAGE|><|vision_eos|>' }}
-{%- elif part['type'] in ['audio', 'input_audio', 'audio_url'] -%}{{ '<|audio_bos|><|AUDIO|><|audio_eos|>' }}
-{%- elif part['type'] in ['video', 'video_url'] -%}{{ '<|vision_bos|><|VIDEO|><|vision_eos|>' }}
-{%- elif part['type'] == 'text' -%}{{ part['text'] }}
-{%- endif -%}{%- endfor -%}{%- endif -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
-"""
+_SPEECH_MARKERS = ("<tts_pad>", "<tts_text_bos>", "<tts_text_eod>", "<tts_text_bos_single>")
+_TEMPLATE = chat_template(
+    image="<|vision_bos|><|IMAGE|><|vision_eos|>",
+    video="<|vision_bos|><|VIDEO|><|vision_eos|>",
+    audio="<|audio_bos|><|AUDIO|><|audio_eos|>",
+)
 
 
-def special_id(token: str) -> int:
-    """Id of special token ``token`` in the tiny vocabulary; 0 to 255 are bytes."""
-    return 256 + _SPECIALS.index(token)
-
-
-def make_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level tokenizer without merges, with the special tokens and marker attributes of the release."""
-    vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Qwen2Tokenizer(
-        vocab={**vocab, **{token: 256 + i for i, token in enumerate(_SPECIALS)}},
-        merges=[],
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        extra_special_tokens=_MARKERS,
-    )
-    tokenizer.add_special_tokens({"extra_special_tokens": list(_SPECIALS)}, replace_extra_special_tokens=False)
+@functools.cache
+def _tokenizer() -> Any:
+    tokenizer = make_tokenizer(_MARKERS, _SPEECH_MARKERS)
     tokenizer.chat_template = _TEMPLATE
     return tokenizer
 
 
-def make_processor() -> Qwen2_5OmniProcessor:
+def special_id(token: str) -> int:
+    """Id of special token ``token`` in the tiny vocabulary."""
+    return int(_tokenizer().get_vocab()[token])
+
+
+def _processor() -> Qwen2_5OmniProcessor:
     """Image, video and audio processors of the release, with small picture sizes."""
     pixels = {"min_pixels": 4 * 28 * 28, "max_pixels": 16 * 28 * 28}
     return Qwen2_5OmniProcessor(
         image_processor=Qwen2VLImageProcessor(**pixels),
         video_processor=Qwen2VLVideoProcessor(**pixels),
         feature_extractor=WhisperFeatureExtractor(feature_size=128, sampling_rate=16000, chunk_length=30),
-        tokenizer=make_tokenizer(),
+        tokenizer=_tokenizer(),
         chat_template=_TEMPLATE,
     )
 
@@ -127,7 +97,7 @@ def _marker_ids() -> dict[str, int]:
 def _thinker_config() -> dict[str, Any]:
     return {
         "model_type": "qwen2_5_omni_thinker",
-        "user_token_id": 117,
+        "user_token_id": special_id("user"),
         "audio_config": {
             "d_model": 32,
             "encoder_layers": 2,
@@ -239,7 +209,7 @@ def tiny_config() -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def _randomise(model: nn.Module, generator: torch.Generator) -> None:
     """Weights by fan-in, so that layers neither vanish nor saturate; norms near one."""
     for name, param in model.named_parameters():
@@ -254,19 +224,21 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
             param.copy_(0.1 * noise)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def _tame(model: Qwen2_5OmniForConditionalGeneration) -> None:
     """Keep ids that end or break a generation out of reach, and the sound inside [-1, 1]."""
-    model.thinker.lm_head.weight[256:] = 0  # no special token: generation runs to its token limit
+    # No special token, so that generation runs to its token limit.
+    model.thinker.lm_head.weight[list(_tokenizer().added_tokens_decoder)] = 0
+    model.thinker.lm_head.weight[len(_tokenizer()) :] = 0
     codes = model.config.token2wav_config.dit_config.num_embeds + 1
     model.talker.codec_head.weight[codes:] = 0
     dit, vocoder = model.token2wav.code2wav_dit_model, model.token2wav.code2wav_bigvgan_model
     dit.proj_out.weight.mul_(0.5)
-    vocoder.conv_post.weight.mul_(0.02)
+    vocoder.conv_post.weight.mul_(0.03)
 
 
 def make_voices(path: Path, config: Qwen2_5OmniConfig, seed: int = 0) -> None:
-    """Write a ``spk_dict.pt`` with random voices that fit ``config`` (any size, so also for full-size dummy weights)."""
+    """Write a ``spk_dict.pt`` with random voices for ``config``, of any size (so also for full-size dummy weights)."""
     generator = torch.Generator().manual_seed(seed)
     dit, start = config.token2wav_config.dit_config, config.talker_config.tts_text_start_token_id
     voices = {
@@ -281,10 +253,10 @@ def make_voices(path: Path, config: Qwen2_5OmniConfig, seed: int = 0) -> None:
 
 
 def make_tiny_qwen2_5_omni(folder: str | Path, seed: int = 0) -> Path:
-    """Write a tiny Qwen2.5-Omni checkpoint (fp32, about 6 MB) into ``folder``; the same ``seed`` gives the same weights.
+    """Write a tiny Qwen2.5-Omni checkpoint (fp32, 9 MB) into ``folder``; the same ``seed`` gives the same weights.
 
-    Greedy decoding never reaches an end token (thinker: byte tokens only; talker: real codes only), so generations have
-    the length that the test asks for.
+    Greedy decoding never reaches an end token (thinker: plain tokens only; talker: real codes only), so generations
+    have the length that the test asks for.
 
     Returns:
         ``folder`` as a path.
@@ -300,6 +272,6 @@ def make_tiny_qwen2_5_omni(folder: str | Path, seed: int = 0) -> Path:
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1], do_sample=False)
     model.save_pretrained(folder, max_shard_size="3MB")
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    make_processor().save_pretrained(folder)
+    _processor().save_pretrained(folder)
     make_voices(folder / "spk_dict.pt", config, seed)
     return folder
