@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from vllm_omni.config.schema import parse
+from vllm_omni.config.schema import nearest, parse
 from vllm_omni.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ class OmniDiffusionConfig:
     devices: str | None = None
     """Logical device indices of the stage's ranks, such as ``"0,1"``; default: the first ones."""
     diffusion_load_format: LoadFormat = "default"
-    """``default`` loads the weights, ``dummy`` makes random ones, ``custom_pipeline`` loads ``custom_pipeline_args``."""
+    """``default`` loads the weights, ``dummy`` makes random ones, ``custom_pipeline`` loads the class that
+    ``custom_pipeline_args`` names."""
     custom_pipeline_args: Mapping[str, Any] | None = None
     """``{"pipeline_class": "module.Class", ...}``: replaces the pipeline after the worker has started."""
     worker_extension_cls: str | None = None
@@ -161,6 +162,10 @@ class OmniDiffusionConfig:
                 )
         else:
             parallel = DiffusionParallelConfig.from_dict({**(parallel or {}), **flat})
+        known = (*cls.__dataclass_fields__, *_PARALLEL_FIELDS)
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"diffusion stage: unknown key {name!r}{nearest(name, known)}", field=name)
         return parse(cls, {**values, "parallel_config": parallel}, "diffusion stage")
 
     @property
