@@ -12,6 +12,7 @@ LAYERS: tuple[tuple[float, str], ...] = (
     (0, "vllm_omni.envs"),
     (0, "vllm_omni.logger"),
     (0, "vllm_omni.process"),
+    (0, "vllm_omni.process"),
     (1, "vllm_omni.inputs"),
     (1, "vllm_omni.outputs"),
     (1, "vllm_omni.request"),

@@ -8,6 +8,8 @@ from tests.ratchets.source import Module, modules
 # Module -> why it may catch every exception. Each is the main of a process and turns what it caught into a typed error.
 CATCHES_ALL: dict[str, str] = {
     "vllm_omni.entrypoints.cli.main": "main of the command: one line on stderr and a status",
+    "vllm_omni.engine.stage_process": "main of a stage's process: Failed, or Returned with a typed error",
+    "vllm_omni.diffusion.worker.diffusion_worker": "main of a rank's process: Failed, or a typed error of one unit",
 }
 # Module -> why it asks an object what it has.
 PROBES: dict[str, str] = {}

@@ -6,9 +6,9 @@ option defaults to None, which means "not given", so that only what the user typ
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
-import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,7 @@ class FlagGroup:
         """Types of the fields that become options; the others may name modules that are not imported at run time."""
         by_name = {f.name: f for f in fields(self.cls)}
         holder = type("Fields", (), {"__annotations__": {name: by_name[name].type for name in self.names()}})
-        return typing.get_type_hints(holder, vars(sys.modules[self.cls.__module__]))
+        return typing.get_type_hints(holder, vars(importlib.import_module(self.cls.__module__)))
 
     def given(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """What the user typed of this group: field -> value."""
