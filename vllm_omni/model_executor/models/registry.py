@@ -7,7 +7,7 @@ classes rather than names, so that vLLM needs no extra process to look at them.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -69,8 +69,9 @@ def model_class(architectures: list[str], model_config: Any) -> type[Any]:
     return found
 
 
-def config_override(arch: str | None, part: str | None) -> Any:
-    """``hf_overrides`` of a stage: takes ``part`` of the checkpoint's configuration and names the architecture.
+def config_override(arch: str | None, part: str | None, values: Mapping[str, Any] | None = None) -> Any:
+    """``hf_overrides`` of a stage: takes ``part`` of the checkpoint's configuration, names the architecture and sets
+    ``values`` on top.
 
     Returns None when the checkpoint's own configuration is right. The result can be pickled.
 
@@ -83,10 +84,10 @@ def config_override(arch: str | None, part: str | None) -> Any:
         raise ConfigError(f"model_arch={arch!r} is not known{nearest(arch, _OMNI_MODELS)}", field="model_arch")
     if arch in _OMNI_MODELS and _OMNI_MODELS[arch].whole_config:
         part = None
-    return partial(_select, arch=arch, part=part)
+    return partial(_select, arch=arch, part=part, values=dict(values or {}))
 
 
-def _select(config: Any, arch: str | None, part: str | None) -> Any:
+def _select(config: Any, arch: str | None, part: str | None, values: dict[str, Any]) -> Any:
     if part is not None:
         parts = {name for name in vars(config) if name.endswith("_config")}
         if part not in parts:
@@ -94,4 +95,5 @@ def _select(config: Any, arch: str | None, part: str | None) -> Any:
         config = getattr(config, part)
     if arch is not None:
         config.architectures = [arch]
+    config.update(values)
     return config

@@ -1,0 +1,176 @@
+"""``OmniInputProcessor``: requests of a stage, with what earlier stages sent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.inputs import TokensPrompt
+from vllm.pooling_params import PoolingParams
+from vllm.renderers.inputs.preprocess import parse_model_prompt
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_omni.config.model import OmniModelConfig
+from vllm_omni.config.schema import nearest
+from vllm_omni.errors import RequestError
+from vllm_omni.worker.gpu_generation_model_runner import TASK
+from vllm_omni.worker.payload import OmniPayload, pack_bytes
+
+OmniEngineCoreRequest = EngineCoreRequest
+"""vLLM's own: the payload rides in its sampling or pooling parameters (``OmniPayload.attach``)."""
+
+_PROMPT_KEYS = {
+    "prompt",
+    "prompt_token_ids",
+    "multi_modal_data",
+    "multi_modal_uuids",
+    "mm_processor_kwargs",
+    "cache_salt",
+    "additional_information",
+    "conditioning_steps",
+    "emit",
+    "negative_prompt",
+}
+
+
+@dataclass(frozen=True)
+class StagePrompt:
+    """A prompt in its parts: vLLM's own, and ours."""
+
+    prompt: Any
+    """What vLLM renders: a text, token ids, media."""
+    information: Mapping[str, Any]
+    """Named tensors and values for the model."""
+    steps: int = 0
+    """Decode steps that ``information`` conditions, of a prompt whose conditioning is streamed."""
+    emit: bool = True
+    """Whether the stage sends its hidden states on."""
+
+    @classmethod
+    def of(cls, prompt: Any) -> StagePrompt:
+        """Split what an edge function or the caller gave.
+
+        Raises:
+            RequestError: not a text, token ids or mapping; a key that is not known.
+        """
+        if isinstance(prompt, str):
+            return cls({"prompt": prompt}, {})
+        if isinstance(prompt, list) and prompt and all(isinstance(token, int) for token in prompt):
+            return cls({"prompt_token_ids": prompt}, {})
+        if not isinstance(prompt, Mapping):
+            raise RequestError(
+                f"prompt is a {type(prompt).__name__}; allowed are a text, token ids, or a mapping", field="prompt"
+            )
+        for key in prompt:
+            if key not in _PROMPT_KEYS:
+                raise RequestError(f"prompt has an unknown key {key!r}{nearest(key, _PROMPT_KEYS)}", field=key)
+        if prompt.get("negative_prompt"):
+            raise RequestError("negative_prompt is for diffusion stages", field="negative_prompt")
+        ours = ("additional_information", "conditioning_steps", "emit", "negative_prompt")
+        return cls(
+            {key: value for key, value in prompt.items() if key not in ours and value is not None},
+            prompt.get("additional_information") or {},
+            prompt.get("conditioning_steps", 0),
+            prompt.get("emit", True),
+        )
+
+
+class OmniInputProcessor(InputProcessor):
+    """Makes vLLM's ``EngineCoreRequest`` of a stage's prompt, and of the chunks that follow it."""
+
+    def omni_request(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: SamplingParams | None,
+        *,
+        last: bool = True,
+        lora_request: Any = None,
+        priority: int = 0,
+    ) -> tuple[EngineCoreRequest, str | None]:
+        """Request of an autoregressive stage, and the prompt's text if it has one.
+
+        A request that carries a payload gets a prefix-cache salt of its own, since its token ids do not say what it
+        computes; one whose hidden states are sent on computes its whole prompt.
+
+        Raises:
+            RequestError: the prompt or the parameters are wrong.
+        """
+        parts = StagePrompt.of(prompt)
+        params = SamplingParams() if params is None else params
+        try:
+            rendered = self._render(parts.prompt)
+            request = self.process_inputs(
+                request_id, rendered, params, ("generate",), lora_request=lora_request, priority=priority
+            )
+        except RequestError:
+            raise
+        except (ValueError, TypeError, KeyError, OSError, NotImplementedError) as error:
+            raise RequestError(f"{type(error).__name__}: {error}", field="prompt") from error
+        config = self.model_config
+        emits = parts.emit and isinstance(config, OmniModelConfig) and bool(config.hidden_layers)
+        data = pack_bytes(parts.information) if parts.information else None
+        OmniPayload(data, steps=parts.steps, last=last, emit=parts.emit).attach(request.sampling_params)
+        if emits:
+            request.sampling_params.skip_reading_prefix_cache = True
+        if data is not None or not last:
+            request.cache_salt = request_id
+        request.external_req_id = request_id
+        return request, rendered.get("prompt")
+
+    def _render(self, prompt: Any) -> Any:
+        """Tokenise and process media; token ids alone need neither."""
+        if set(prompt) == {"prompt_token_ids"}:
+            return {"type": "token", "prompt_token_ids": list(prompt["prompt_token_ids"]), "arrival_time": time.time()}
+        if "prompt_token_ids" in prompt:
+            prompt = TokensPrompt(**prompt)
+        renderer = self.renderer
+        (rendered,) = renderer.render_cmpl(
+            [parse_model_prompt(self.model_config, prompt)], renderer.default_cmpl_tok_params
+        )
+        return rendered
+
+
+def chunk_request(request_id: str, prompt: Any, number: int, *, last: bool) -> EngineCoreRequest:
+    """Chunk ``number`` (from 1) of a running request of an autoregressive stage. Only its payload is read.
+
+    Raises:
+        RequestError: the prompt's information cannot be sent.
+    """
+    parts = StagePrompt.of(prompt)
+    params = SamplingParams(max_tokens=1)
+    data = pack_bytes(parts.information) if parts.information else None
+    OmniPayload(data, chunk=number, steps=parts.steps, last=last).attach(params)
+    return _bare_request(request_id, params, None)
+
+
+def generation_request(request_id: str, prompt: Any) -> EngineCoreRequest:
+    """Request of a generation stage: one placeholder token and the payload.
+
+    Raises:
+        RequestError: the prompt's information cannot be sent.
+    """
+    params = PoolingParams(task=TASK)
+    OmniPayload(pack_bytes(StagePrompt.of(prompt).information)).attach(params)
+    return _bare_request(request_id, None, params)
+
+
+def _bare_request(
+    request_id: str, sampling_params: SamplingParams | None, pooling_params: PoolingParams | None
+) -> EngineCoreRequest:
+    return EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=[0],
+        mm_features=None,
+        sampling_params=sampling_params,
+        pooling_params=pooling_params,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        external_req_id=request_id,
+    )
