@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Write the pages of docs/user_guide/ that are generated from the code. Run by ``make docs``; a test compares them."""
+
+import argparse
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from vllm_omni.config.schema import field_docs
+from vllm_omni.entrypoints.cli.flags import FlagGroup, option_name
+from vllm_omni.entrypoints.cli.groups import ENGINE, PARALLEL, SAMPLING
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "user_guide"
+NOTE = "<!-- Written by tools/generate_docs.py (make docs); do not edit. -->\n\n"
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A markdown table."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def prose(text: str) -> str:
+    """A field's docstring as markdown."""
+    return text.replace("``", "`")
+
+
+def default_of(field: Field[Any]) -> str:
+    """A field's default as it is typed in YAML."""
+    if field.default is MISSING:
+        return "" if field.default_factory is MISSING else "empty"
+    value = field.default
+    if value is None:
+        return ""
+    return {True: "`true`", False: "`false`"}[value] if isinstance(value, bool) else f"`{value}`"
+
+
+def kind_of(hint: Any) -> str:
+    """A type in words."""
+    options = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(f"`{option}`" for option in options)
+    if typing.get_origin(hint) in (typing.Union, type(int | None)):
+        return " or ".join(kind_of(option) for option in options)
+    if hint in (int, float, str, bool):
+        return {int: "whole number", float: "number", str: "text", bool: "yes/no"}[hint]
+    return "numbers" if typing.get_origin(hint) is list else "mapping"
+
+
+def option_table(group: FlagGroup) -> str:
+    """The options of one group."""
+    docs, hints = field_docs(group.cls), group.types()
+    rows = []
+    for field in fields(group.cls):
+        if field.name in hints:
+            option = option_name(field.name)
+            shown = f"`{option}`, `--no-{option[2:]}`" if hints[field.name] is bool else f"`{option}`"
+            rows.append((shown, kind_of(hints[field.name]), default_of(field), prose(docs[field.name])))
+    return table(("Option", "Value", "Default", "Meaning"), rows)
+
+
+def cli_options() -> str:
+    """Options of the command line."""
+    text = "# Options\n\n" + NOTE
+    text += (
+        "The options that are generated from the fields of dataclasses. The same names are keyword arguments in Python: "
+        "sampling parameters of `OmniDiffusionSamplingParams`, the others of `Omni`. A default that is empty means that "
+        "the model decides ([Supported models](supported_models.md) lists the models' defaults).\n"
+    )
+    for group in (SAMPLING, ENGINE, PARALLEL):
+        text += f"\n## {group.panel}\n\nFields of `{group.cls.__name__}`.\n\n" + option_table(group)
+    return text
+
+
+PAGES: dict[str, Callable[[], str]] = {"cli_options": cli_options}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--print", choices=sorted(PAGES), help="print one page instead of writing all")
+    args = parser.parse_args()
+    if args.print:
+        sys.stdout.write(PAGES[args.print]())
+        return
+    for name, page in PAGES.items():
+        (FOLDER / f"{name}.md").write_text(page())
+        print(FOLDER / f"{name}.md")
+
+
+if __name__ == "__main__":
+    main()

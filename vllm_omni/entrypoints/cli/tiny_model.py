@@ -1,0 +1,35 @@
+"""``vllm-omni tiny-model``: a tiny random checkpoint in the released layout."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_omni.config.schema import nearest
+from vllm_omni.errors import RequestError
+
+
+def tiny_model(
+    family: Annotated[str, typer.Argument(help="Model family; an unknown one lists those there are.")],
+    folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes; must be empty or not exist.")],
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+) -> None:
+    """Write a tiny random checkpoint in the released layout.
+
+    It has the files, names and shapes of a released checkpoint, and draws noise: it is for tests, for trying the
+    commands, and for people who add a model.
+    """
+    from vllm_omni.diffusion.tiny_models import FAMILIES, make_tiny_model
+
+    if family not in FAMILIES:
+        raise RequestError(f"no family {family!r}{nearest(family, sorted(FAMILIES))}", field="family")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RequestError(f"{folder} is not an empty folder", field="folder")
+    make_tiny_model(family, folder, seed=seed)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    typer.echo(f"{folder}: tiny random {family} checkpoint, {size / 1e6:.1f} MB")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("tiny-model")(tiny_model)
