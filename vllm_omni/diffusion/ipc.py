@@ -50,7 +50,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Regroup:
-    """Leave all process groups and meet again at ``init_method``: a unit failed while collectives were under way."""
+    """Make the process groups sound again: a unit failed, perhaps in the middle of a collective.
+
+    See ``DiffusionWorker.regroup``.
+    """
 
     init_method: str
 
@@ -58,11 +61,6 @@ class Regroup:
 @dataclass(frozen=True, slots=True)
 class Stop:
     """Free everything and exit."""
-
-
-@dataclass(frozen=True, slots=True)
-class AbortUnit:
-    """Another rank failed: break collectives that wait for it. Sent on the control pipe, which a thread reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +133,8 @@ class StepResult:
     pending: int = 0
     """Outputs that the device still works on."""
     error: UnitError | None = None
-    token_limit: float = float("inf")
-    """Latent tokens of one unit that fit into the memory left, as measured so far."""
+    token_limits: dict[str, float] = field(default_factory=dict)
+    """By kind of unit, the latent tokens of one unit that fit into the memory left, as measured so far."""
 
 
 @dataclass(frozen=True, slots=True)

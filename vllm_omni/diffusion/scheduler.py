@@ -91,6 +91,7 @@ class Scheduler:
         self.max_batch = max_batch
         self.by_steps = by_steps
         self.token_limit = token_limit
+        self.decode_limit = float("inf")
         self._entries: dict[str, _Entry] = {}
         # Requests by phase; a dict is an ordered set, oldest first.
         self._waiting: dict[Hashable, dict[str, _Entry]] = {}
@@ -173,6 +174,10 @@ class Scheduler:
         """From now on give each of these requests units of its own: their batch ran out of memory."""
         self._solo.update(request_id for request_id in request_ids if request_id in self._entries)
 
+    def tokens_of(self, request_ids: Iterable[str]) -> int:
+        """Latent tokens of encoded requests together."""
+        return sum(self._entries[request_id].tokens for request_id in request_ids)
+
     def expired(self, now: float) -> list[tuple[str, Phase]]:
         """Requests whose deadline has passed, with the phase they are in."""
         if not self._deadlines:
@@ -251,7 +256,8 @@ class Scheduler:
             return None
         first = next(iter(self._decoding.values()))
         same = {key: entry for key, entry in self._decoding.items() if entry.bucket == first.bucket}
-        return Unit(UnitKind.DECODE, self._take(same, SIDE_BATCH))
+        room = self.decode_limit // first.tokens if first.tokens else SIDE_BATCH
+        return Unit(UnitKind.DECODE, self._take(same, int(max(1, min(SIDE_BATCH, room)))))
 
     def _take(self, members: dict[str, _Entry], limit: int) -> tuple[str, ...]:
         """The oldest ``limit`` of ``members``, but a request that must run alone alone."""
