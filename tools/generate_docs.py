@@ -10,6 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vllm_omni.config.schema import field_docs
+from vllm_omni.config.stage import (
+    ConnectorConfig,
+    EdgeConfig,
+    PipelineConfig,
+    RuntimeConfig,
+    RuntimeDefaults,
+    StageConfig,
+    StageRuntime,
+)
 from vllm_omni.entrypoints.cli.flags import FlagGroup, option_name
 from vllm_omni.entrypoints.cli.groups import ENGINE, PARALLEL, SAMPLING
 
@@ -35,6 +44,8 @@ def default_of(field: Field[Any]) -> str:
     value = field.default
     if value is None:
         return ""
+    if value == ():
+        return "empty"
     return {True: "`true`", False: "`false`"}[value] if isinstance(value, bool) else f"`{value}`"
 
 
@@ -47,7 +58,7 @@ def kind_of(hint: Any) -> str:
         return " or ".join(kind_of(option) for option in options)
     if hint in (int, float, str, bool):
         return {int: "whole number", float: "number", str: "text", bool: "yes/no"}[hint]
-    return "numbers" if typing.get_origin(hint) is list else "mapping"
+    return "list" if typing.get_origin(hint) in (list, tuple) else "mapping"
 
 
 def option_table(group: FlagGroup) -> str:
@@ -66,16 +77,50 @@ def cli_options() -> str:
     """Options of the command line."""
     text = "# Options\n\n" + NOTE
     text += (
-        "The options that are generated from the fields of dataclasses. The same names are keyword arguments in Python: "
-        "sampling parameters of `OmniDiffusionSamplingParams`, the others of `Omni`. A default that is empty means that "
-        "the model decides ([Supported models](supported_models.md) lists the models' defaults).\n"
+        "The options that are generated from the fields of dataclasses. The same names are keyword arguments in "
+        "Python: sampling parameters of `OmniDiffusionSamplingParams`, the others of `Omni`. A default that is empty "
+        "means that the model decides ([Supported models](supported_models.md) lists the models' defaults).\n"
     )
     for group in (SAMPLING, ENGINE, PARALLEL):
         text += f"\n## {group.panel}\n\nFields of `{group.cls.__name__}`.\n\n" + option_table(group)
     return text
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli_options": cli_options}
+SECTIONS: tuple[tuple[type, str, str], ...] = (
+    (PipelineConfig, "The file", "Top-level keys."),
+    (StageConfig, "A stage", "Keys of an entry of `stage_args`."),
+    (StageRuntime, "A stage's process", "Keys of `runtime` inside a stage."),
+    (RuntimeConfig, "The graph", "Keys of `runtime` on top."),
+    (RuntimeDefaults, "Flow control of all edges", "Keys of `runtime.defaults`."),
+    (EdgeConfig, "Flow control of one edge", "Keys of an entry of `runtime.edges`."),
+    (ConnectorConfig, "A connector", "Keys of an entry of `runtime.connectors`."),
+)
+YAML_KEYS = {"stages": "stage_args", "from_stage": "from", "to_stage": "to"}
+NOT_IN_YAML = ("sources",)
+
+
+def key_table(cls: type) -> str:
+    """The keys of one dataclass of the stage configuration."""
+    docs, hints = field_docs(cls), typing.get_type_hints(cls)
+    rows = []
+    for field in fields(cls):
+        if field.name not in NOT_IN_YAML:
+            needed = field.default is MISSING and field.default_factory is MISSING
+            default = "needed" if needed else default_of(field)
+            name = YAML_KEYS.get(field.name, field.name)
+            rows.append((f"`{name}`", kind_of(hints[field.name]), default, prose(docs[field.name])))
+    return table(("Key", "Value", "Default", "Meaning"), rows)
+
+
+def stage_configuration() -> str:
+    """The stage configuration's reference."""
+    text = "# Stage configuration\n\n" + NOTE + (Path(__file__).parent / "stage_configuration_head.md").read_text()
+    for cls, title, about in SECTIONS:
+        text += f"\n## {title}\n\n{about}\n\n" + key_table(cls)
+    return text
+
+
+PAGES: dict[str, Callable[[], str]] = {"cli_options": cli_options, "stage_configuration": stage_configuration}
 
 
 def main() -> None:
