@@ -20,9 +20,9 @@ class Conditioning:
     """One branch's conditioning of one request. Every tensor has the batch first, so that requests can be stacked."""
 
     text_BTD: torch.Tensor
-    """Text states."""
-    text_mask_BT: torch.Tensor | None = None
-    """True where a text token counts; None when all do."""
+    """Text states; a text shorter than T is padded at the end."""
+    text_lengths: tuple[int, ...] | None = None
+    """Tokens that count of each text; None when all do."""
     pooled_BD: torch.Tensor | None = None
     """Pooled text, for models that modulate with it."""
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -66,6 +66,10 @@ class DenoiseState:
     """Latents after each step when ``keep_trajectory``."""
     solver: Any = None
     """State of a multi-step solver."""
+    output_type: str = "pil"
+    """Form that the result is asked for in; ``latent`` ends the work before the VAE."""
+    scratch: dict[str, Any] = field(default_factory=dict)
+    """What the pipeline keeps between steps (tables for the coming timesteps); of no meaning to others."""
     layout: Hashable = None
     """Whatever else of the family must agree for two requests to share a forward."""
 

@@ -1,0 +1,21 @@
+"""Classifier-free guidance (Ho and Salimans 2022): how two predictions become one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+
+Combine: TypeAlias = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+
+def plain_cfg(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+    """negative + scale (positive - negative)."""
+    return negative + scale * (positive - negative)
+
+
+def norm_preserving_cfg(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+    """Plain guidance with each token scaled back to the length that it has in the positive prediction (Qwen-Image)."""
+    combined = plain_cfg(positive, negative, scale)
+    return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
