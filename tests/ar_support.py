@@ -1,8 +1,8 @@
 """Stages in the test's own process: an engine starts in a fraction of a second.
 
-``Stage`` is one autoregressive or generation stage of a checkpoint, built by the package's own classes from arguments to
-scheduler, worker and runner. ``StageSet`` starts them and shuts them down together: vLLM's engines of one process share
-their process groups, so none may go before the others.
+``Stage`` is one autoregressive or generation stage of a checkpoint, built by the package's own classes from arguments
+to scheduler, worker and runner. ``StageSet`` starts them and shuts them down together: vLLM's engines of one process
+share their process groups, so none may go before the others.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.executor import Executor
 
+from vllm_omni.distributed.omni_connectors.utils.arena import Arena
+from vllm_omni.distributed.omni_connectors.utils.serialization import Codec, resolve
 from vllm_omni.engine.arg_utils import OmniEngineArgs
-from vllm_omni.engine.input_processor import OmniInputProcessor, chunk_request, generation_request
+from vllm_omni.engine.input_processor import OmniInputProcessor, Target, chunk_request, generation_request
 from vllm_omni.engine.output_processor import MultimodalOutputProcessor, take_payloads
 from vllm_omni.errors import OmniError
 
@@ -73,9 +75,11 @@ class Stage:
         self.config = OmniEngineArgs.from_stage(args.pop("stage_id", 0), stage_type, args).create_engine_config()
         self.stage_type = stage_type
         self.client = InprocClient(self.config, Executor.get_class(self.config), log_stats=False)
-        self.inputs = OmniInputProcessor(self.config) if stage_type == "ar" else None
+        self.codec = Codec(Arena())
+        self.target = Target(self.codec)
+        self.inputs = OmniInputProcessor(self.config, self.target) if stage_type == "ar" else None
         tokenizer = self.inputs.tokenizer if self.inputs is not None else None
-        self.outputs = MultimodalOutputProcessor(tokenizer, log_stats=False)
+        self.outputs = MultimodalOutputProcessor(self.codec, tokenizer, log_stats=False)
         self.results: dict[str, Result] = {}
         self.num_steps = 0
 
@@ -106,7 +110,7 @@ class Stage:
         """Queue a request; ``prompt`` as a stage of the graph gets it."""
         self.results[request_id] = Result()
         if self.inputs is None:
-            self.client.add_request(generation_request(request_id, prompt))
+            self.client.add_request(generation_request(request_id, prompt, self.target))
         else:
             request, text = self.inputs.omni_request(request_id, prompt, params, last=last, lora_request=lora_request)
             self.outputs.add_request(request, text)
@@ -115,7 +119,7 @@ class Stage:
 
     def chunk(self, request_id: str, prompt: Any, number: int, *, last: bool) -> None:
         """Send chunk ``number`` of a running request."""
-        self.client.add_request(chunk_request(request_id, prompt, number, last=last))
+        self.client.add_request(chunk_request(request_id, prompt, number, last=last, target=self.target))
 
     def abort(self, request_id: str) -> None:
         """Abort a request."""
@@ -127,7 +131,7 @@ class Stage:
         out = self.client.get_output()
         self.num_steps += 1
         if self.inputs is None:
-            taken = take_payloads(out.outputs)
+            taken = take_payloads(out.outputs, self.codec)
             for output in out.outputs:
                 self.results[output.request_id].finished |= output.finished
         else:
@@ -145,7 +149,7 @@ class Stage:
                 self.results[payload.request_id].finished = True
                 self.abort(payload.request_id)
             else:
-                self.results[payload.request_id].payloads.append(payload.data)
+                self.results[payload.request_id].payloads.append(resolve(payload.data))
 
     def run(self, limit: int = 2000, until: Callable[[], bool] | None = None) -> dict[str, Result]:
         """Step until every request is finished (or ``until`` holds)."""

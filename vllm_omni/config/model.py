@@ -40,6 +40,15 @@ class OmniModelConfig(ModelConfig):
     """Hidden states that the stage sends on, numbered as in transformers' ``hidden_states``: 0 is the embeddings, ``k``
     what ``k`` layers made, and -1 the final, normed state."""
 
+    driver_pid: int = 1
+    """Process that reads what the stage sends; 1 when it is not known."""
+
+    @property
+    def payload_threshold(self) -> int:
+        """Bytes above which a tensor that leaves the stage goes through the connector instead of the message."""
+        threshold: int = self.stage_connector_config["extra"].get("shm_threshold_bytes", 65536)
+        return threshold
+
     @classmethod
     def of(cls, base: ModelConfig, **values: Any) -> OmniModelConfig:
         """``base`` with the stage's ``values``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -135,6 +136,7 @@ class OmniEngineArgs(EngineArgs):
             model_arch=self.model_arch or base.architectures[0],
             omni_kv_config=self.omni_kv_config,
             hidden_layers=self.hidden_layers,
+            driver_pid=os.getpid(),
             **values,
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.inputs import TokensPrompt
 from vllm.pooling_params import PoolingParams
 from vllm.renderers.inputs.preprocess import parse_model_prompt
@@ -16,9 +17,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_omni.config.model import OmniModelConfig
 from vllm_omni.config.schema import nearest
+from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.errors import RequestError
 from vllm_omni.worker.gpu_generation_model_runner import TASK
-from vllm_omni.worker.payload import OmniPayload, pack_bytes
+from vllm_omni.worker.payload import ANYONE, OmniPayload, pack_for_ranks
 
 OmniEngineCoreRequest = EngineCoreRequest
 """vLLM's own: the payload rides in its sampling or pooling parameters (``OmniPayload.attach``)."""
@@ -79,8 +81,27 @@ class StagePrompt:
         )
 
 
+@dataclass(frozen=True)
+class Target:
+    """The workers that will read a payload."""
+
+    codec: Codec
+    ranks: int = 1
+    """Tensor-parallel ranks of the stage."""
+    pid: int = ANYONE
+    """Process of the stage's engine."""
+
+    def pack(self, information: Mapping[str, Any]) -> list[bytes]:
+        """``information`` once for each rank; nothing when there is none."""
+        return pack_for_ranks(information, self.codec, self.ranks, self.pid) if information else []
+
+
 class OmniInputProcessor(InputProcessor):
-    """Makes vLLM's ``EngineCoreRequest`` of a stage's prompt, and of the chunks that follow it."""
+    """Makes vLLM's ``EngineCoreRequest`` of a stage's prompt."""
+
+    def __init__(self, vllm_config: VllmConfig, target: Target) -> None:
+        super().__init__(vllm_config)
+        self.target = target
 
     def omni_request(
         self,
@@ -113,11 +134,11 @@ class OmniInputProcessor(InputProcessor):
             raise RequestError(f"{type(error).__name__}: {error}", field="prompt") from error
         config = self.model_config
         emits = parts.emit and isinstance(config, OmniModelConfig) and bool(config.hidden_layers)
-        data = pack_bytes(parts.information) if parts.information else None
+        data = self.target.pack(parts.information)
         OmniPayload(data, steps=parts.steps, last=last, emit=parts.emit).attach(request.sampling_params)
         if emits:
             request.sampling_params.skip_reading_prefix_cache = True
-        if data is not None or not last:
+        if data or not last:
             request.cache_salt = request_id
         request.external_req_id = request_id
         return request, rendered.get("prompt")
@@ -135,7 +156,7 @@ class OmniInputProcessor(InputProcessor):
         return rendered
 
 
-def chunk_request(request_id: str, prompt: Any, number: int, *, last: bool) -> EngineCoreRequest:
+def chunk_request(request_id: str, prompt: Any, number: int, *, last: bool, target: Target) -> EngineCoreRequest:
     """Chunk ``number`` (from 1) of a running request of an autoregressive stage. Only its payload is read.
 
     Raises:
@@ -143,19 +164,18 @@ def chunk_request(request_id: str, prompt: Any, number: int, *, last: bool) -> E
     """
     parts = StagePrompt.of(prompt)
     params = SamplingParams(max_tokens=1)
-    data = pack_bytes(parts.information) if parts.information else None
-    OmniPayload(data, chunk=number, steps=parts.steps, last=last).attach(params)
+    OmniPayload(target.pack(parts.information), chunk=number, steps=parts.steps, last=last).attach(params)
     return _bare_request(request_id, params, None)
 
 
-def generation_request(request_id: str, prompt: Any) -> EngineCoreRequest:
+def generation_request(request_id: str, prompt: Any, target: Target) -> EngineCoreRequest:
     """Request of a generation stage: one placeholder token and the payload.
 
     Raises:
         RequestError: the prompt's information cannot be sent.
     """
     params = PoolingParams(task=TASK)
-    OmniPayload(pack_bytes(StagePrompt.of(prompt).information)).attach(params)
+    OmniPayload(target.pack(StagePrompt.of(prompt).information)).attach(params)
     return _bare_request(request_id, None, params)
 
 

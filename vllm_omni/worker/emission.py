@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
+from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.model_executor.models.interfaces import OmniRequestState, StepOutputs
 from vllm_omni.worker.payload import pack
 
@@ -54,10 +55,23 @@ class Row:
         return self.pos + (self.end - self.begin) - self.state.prompt_len
 
 
+class Sender(NamedTuple):
+    """How payloads leave the worker."""
+
+    codec: Codec
+    holder: int
+    """Process that reads them."""
+
+    def pack(self, payload: Mapping[str, Any]) -> torch.Tensor:
+        """``payload`` as ``pooler_output`` carries it."""
+        return pack(payload, self.codec, self.holder)
+
+
 @dataclass
 class Emission:
     """Everything that one step sends."""
 
+    sender: Sender
     batch_size: int
     rows: list[Row]
     """Requests whose hidden states are sent."""
@@ -95,13 +109,13 @@ class Emission:
             out = self._step_output(number)
             if out:
                 found.setdefault(row.index, {}).update(out, step=row.step_idx)
-        return [pack(found[index]) if index in found else None for index in range(self.batch_size)]
+        return [self.sender.pack(found[index]) if index in found else None for index in range(self.batch_size)]
 
     def fail(self, output: list[torch.Tensor | None], rows: Sequence[Row]) -> None:
         """Put the error of each failed request in place of its payload."""
         for row in rows:
             if row.state.error is not None and not row.partial:
-                output[row.index] = pack({"error": row.state.error.to_wire()})
+                output[row.index] = self.sender.pack({"error": row.state.error.to_wire()})
 
     def _step_output(self, number: int) -> dict[str, Any]:
         if isinstance(self.outputs, Mapping):

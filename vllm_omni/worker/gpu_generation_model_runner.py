@@ -54,7 +54,7 @@ class GPUGenerationModelRunner(OmniGPUModelRunner):
 
     def _generate(self, states: list[OmniRequestState]) -> list[torch.Tensor | None]:
         rows = [Row(i, state, i, i + 1, 0, partial=False) for i, state in enumerate(states)]
-        emission = Emission(len(rows), [], {}, [])
+        emission = Emission(self._sender(), len(rows), [], {}, [])
         emission.steps = [row for row in rows if row.state.error is None]
         if emission.steps:
             emission.outputs = self._run([row.state for row in emission.steps])

@@ -5,7 +5,6 @@ The base is vLLM's V1 runner of the platform; everything here is the same on CPU
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,8 +15,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_omni.config.model import OmniModelConfig
 from vllm_omni.core.sched.output import late_chunks
+from vllm_omni.distributed.omni_connectors.utils.arena import Arena
+from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.errors import ConfigError, OmniError
 from vllm_omni.model_executor.models.interfaces import OmniRequestState, OmniWarmUp
+from vllm_omni.worker.emission import Sender
 from vllm_omni.worker.payload import OmniPayload, payload_of, unpack
 
 if current_platform.is_cpu():
@@ -40,13 +42,20 @@ class OmniGPUModelRunner(VllmModelRunner):
         self.omni_states: dict[str, OmniRequestState] = {}
         self.omni_emit: set[str] = set()
         """Requests whose hidden states are sent on."""
-        self.omni_sends = True
+        self._omni_rank = 0
+        # Two arenas: payloads are read on the main thread and, under asynchronous scheduling, written on another.
+        self._omni_in = Codec(Arena())
+        self._omni_out = Codec(Arena(), self.omni_config.payload_threshold)
+
+    @property
+    def omni_sends(self) -> bool:
         """Whether this rank's outputs are read: one of the tensor-parallel ranks."""
+        return self._omni_rank == 0
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then look up which hooks it has."""
         super().load_model(*args, **kwargs)
-        self.omni_sends = get_tp_group().rank_in_group == 0
+        self._omni_rank = get_tp_group().rank_in_group
         self._find_hooks(self.get_model())
 
     def _find_hooks(self, model: torch.nn.Module) -> None:
@@ -66,7 +75,7 @@ class OmniGPUModelRunner(VllmModelRunner):
             self.omni_emit.discard(req_id)
         for new in scheduler_output.scheduled_new_reqs:
             payload = payload_of(new)
-            state = OmniRequestState(new.req_id, new.prompt_len, last=payload.last)
+            state = OmniRequestState(new.req_id, new.prompt_len, last=payload.last, sampling_params=new.sampling_params)
             self.omni_states[new.req_id] = state
             if payload.emit:
                 self.omni_emit.add(new.req_id)
@@ -81,15 +90,15 @@ class OmniGPUModelRunner(VllmModelRunner):
 
     def _read(self, state: OmniRequestState, payload: OmniPayload, into: dict[str, Any]) -> None:
         """Unpack a payload onto the device; what cannot be read fails this request alone."""
-        if payload.data is None or state.error is not None:
+        if not payload.data or state.error is not None:
             return
         try:
-            into.update(_to_device(unpack(payload.data), self.device))
+            into.update(_to_device(unpack(payload.data[self._omni_rank], self._omni_in), self.device))
         except OmniError as error:
             state.error = error
 
-    def _live(self, req_ids: Iterable[str]) -> list[OmniRequestState]:
-        return [state for req_id in req_ids if (state := self.omni_states[req_id]).error is None]
+    def _sender(self) -> Sender:
+        return Sender(self._omni_out, self.omni_config.driver_pid)
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

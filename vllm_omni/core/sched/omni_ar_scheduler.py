@@ -7,6 +7,7 @@ when the conditioning of step ``i`` has arrived, or when the last chunk said tha
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_omni.core.sched.output import attach_late_chunks
+from vllm_omni.core.sched.payload_keeper import PayloadKeeper
 from vllm_omni.worker.payload import OmniPayload, payload_of
 
 
@@ -36,6 +38,8 @@ class _Stream:
 class _ChunkMixin:
     """What the synchronous and the asynchronous scheduler have in common."""
 
+    give_up: Callable[[Iterable[bytes]], None]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._streams: dict[str, _Stream] = {}
@@ -50,6 +54,7 @@ class _ChunkMixin:
             return
         stream = self._streams.get(request.request_id)
         if stream is None:
+            self.give_up(payload.data)
             return
         stream.pending.append(payload)
         stream.steps += payload.steps
@@ -89,13 +94,16 @@ class _ChunkMixin:
         return not self._gated(request) and super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        self._streams.pop(request.request_id, None)
+        stream = self._streams.pop(request.request_id, None)
+        if stream is not None:
+            for payload in stream.pending:
+                self.give_up(payload.data)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
 
-class OmniARScheduler(_ChunkMixin, Scheduler):
+class OmniARScheduler(_ChunkMixin, PayloadKeeper, Scheduler):
     """Scheduler of an autoregressive stage."""
 
 
-class OmniARAsyncScheduler(_ChunkMixin, AsyncScheduler):
+class OmniARAsyncScheduler(_ChunkMixin, PayloadKeeper, AsyncScheduler):
     """The same under asynchronous scheduling (vLLM's default on CUDA)."""

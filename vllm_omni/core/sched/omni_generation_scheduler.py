@@ -5,10 +5,11 @@ from __future__ import annotations
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from vllm_omni.core.sched.payload_keeper import PayloadKeeper
 from vllm_omni.errors import RequestError
 
 
-class OmniGenerationScheduler(Scheduler):
+class OmniGenerationScheduler(PayloadKeeper, Scheduler):
     """Runs every request in one step: a request is one placeholder token, and its first output finishes it.
 
     vLLM's scheduler does that as it is; the batch is bounded by ``max_num_seqs``. Only what would never end is refused.
