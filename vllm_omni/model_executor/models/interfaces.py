@@ -45,6 +45,8 @@ class OmniRequestState:
     """Whether no chunk follows. Steps beyond the streamed conditioning use the model's padding then."""
     model: dict[str, Any] = field(default_factory=dict)
     """Owned by the model: whatever it keeps for the request."""
+    sampling_params: Any = None
+    """vLLM's ``SamplingParams`` of the request; None in a generation stage."""
     error: OmniError | None = None
     """Set when the request's payload was refused; the hooks are not called for it any more."""
 

@@ -31,7 +31,24 @@ class OmniModelRow:
 
 _MODELS = "vllm_omni.model_executor.models"
 
-_OMNI_MODELS: dict[str, OmniModelRow] = {}
+_OMNI_MODELS: dict[str, OmniModelRow] = {
+    "Qwen2_5OmniThinkerForConditionalGeneration": OmniModelRow(
+        f"{_MODELS}.qwen2_5_omni.thinker", "Qwen2_5OmniThinkerStage", whole_config=True
+    ),
+    "Qwen2_5OmniTalkerForConditionalGeneration": OmniModelRow(
+        f"{_MODELS}.qwen2_5_omni.talker", "Qwen2_5OmniTalkerStage"
+    ),
+    "Qwen2_5OmniToken2WavModel": OmniModelRow(f"{_MODELS}.qwen2_5_omni.token2wav", "Qwen2_5OmniToken2WavModel"),
+    "Qwen3OmniThinkerForConditionalGeneration": OmniModelRow(
+        f"{_MODELS}.qwen3_omni.thinker", "Qwen3OmniThinkerForConditionalGeneration", whole_config=True
+    ),
+    "Qwen3OmniTalkerForConditionalGeneration": OmniModelRow(
+        f"{_MODELS}.qwen3_omni.talker", "Qwen3OmniTalkerForConditionalGeneration"
+    ),
+    "Qwen3OmniCode2WavForConditionalGeneration": OmniModelRow(
+        f"{_MODELS}.qwen3_omni.code2wav", "Qwen3OmniCode2WavForConditionalGeneration"
+    ),
+}
 
 _registered: set[str] = set()
 
@@ -88,6 +105,8 @@ def config_override(arch: str | None, part: str | None, values: Mapping[str, Any
 
 
 def _select(config: Any, arch: str | None, part: str | None, values: dict[str, Any]) -> Any:
+    if config.model_type.startswith("dummy_"):
+        return config  # vLLM asks with a bare configuration first, whether the model type will change
     if part is not None:
         parts = {name for name in vars(config) if name.endswith("_config")}
         if part not in parts:

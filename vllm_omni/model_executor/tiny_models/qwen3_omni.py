@@ -61,7 +61,7 @@ def make_tiny_qwen3_omni(folder: str | Path, seed: int = 0) -> Path:
 
 
 def _draw(model: nn.Module) -> None:
-    """Random values at a scale that keeps activations near one: a plain initialisation would make every output equal."""
+    """Random values at a scale that keeps activations near one: a plain initialisation makes all outputs equal."""
     scales = {
         "q_norm.weight": 2.0,
         "layer_scale.scale": 0.5,
@@ -215,10 +215,10 @@ def _talker(media: dict[str, int]) -> dict[str, Any]:
         "text_config": {
             "model_type": "qwen3_omni_moe_talker_text",
             "vocab_size": _CODES + 1024,
-            "hidden_size": 48,
+            "hidden_size": 64,
             "intermediate_size": 64,
             "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 48,
+            "shared_expert_intermediate_size": 96,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -232,7 +232,7 @@ def _talker(media: dict[str, int]) -> dict[str, Any]:
         },
         "code_predictor_config": {
             "vocab_size": _CODES,
-            "hidden_size": 48,
+            "hidden_size": 64,
             "intermediate_size": 64,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,

@@ -1,0 +1,112 @@
+"""The talker's code predictor: from the first code of an audio frame to all sixteen.
+
+A small dense decoder runs once per remaining code, over at most 17 positions that live for one frame only: the talker's
+hidden state, the first code, then each code found so far. Every code group has its own embedding and its own head.
+Shapes are static for a batch size and nothing is read back to the host, so one frame is one CUDA graph.
+Source of the architecture: ``Qwen3OmniMoeTalkerCodePredictorModelForConditionalGeneration`` of transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_omni.model_executor.layers.dense import DenseLayer, DenseSpec, RMSNorm, rope_table
+
+TOP_K = 50
+TOP_P = 0.8
+
+
+class _Decoder(nn.Module):
+    """Layers, final norm and one embedding a code group, named as in the checkpoint."""
+
+    def __init__(self, config: Any, spec: DenseSpec) -> None:
+        super().__init__()
+        groups = config.num_code_groups - 1
+        self.codec_embedding = nn.ModuleList(nn.Embedding(config.vocab_size, spec.hidden_size) for _ in range(groups))
+        self.layers = nn.ModuleList(DenseLayer(spec) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.eps)
+
+
+class CodePredictor(nn.Module):
+    """Predicts the residual codes of a batch of frames. Parameter names are those below ``talker.code_predictor.``"""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.spec = DenseSpec(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            intermediate_size=config.intermediate_size,
+            eps=config.rms_norm_eps,
+            rope_theta=config.rope_parameters["rope_theta"],
+            qk_norm=True,
+        )
+        self.residuals = config.num_code_groups - 1
+        self.model = _Decoder(config, self.spec)
+        self.lm_head = nn.ModuleList(
+            nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(self.residuals)
+        )
+
+    def noise(self, batch: int, generators: dict[int, torch.Generator], device: torch.device) -> torch.Tensor:
+        """Exponential draws [B, residual codes, TOP_K] for ``forward``.
+
+        ``generators`` gives rows (by index in the batch) that are drawn from a seed of their own.
+        """
+        out = torch.empty(batch, self.residuals, TOP_K, device=device)
+        if len(generators) < batch:
+            out.exponential_()
+        for row, generator in generators.items():
+            out[row].exponential_(generator=generator)
+        return out
+
+    def forward(
+        self, hidden_BC: torch.Tensor, first_BC: torch.Tensor, greedy_B: torch.Tensor, noise_BNK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Residual codes of one frame.
+
+        Args:
+            hidden_BC: final hidden state of the talker that the first code was sampled from.
+            first_BC: embedding of the first code.
+            greedy_B: bool, rows that take the likeliest code each time.
+            noise_BNK: from ``noise``; unused in greedy rows.
+
+        Returns:
+            Codes [B, residual codes] int64 and the sum of their embeddings [B, C].
+        """
+        batch, size = hidden_BC.shape
+        length = self.residuals + 1
+        rope = rope_table(length, self.spec, hidden_BC.device, hidden_BC.dtype)
+        shape = (2, len(self.model.layers), batch, self.spec.num_kv_heads, length, self.spec.head_dim)
+        past = hidden_BC.new_empty(shape)
+        x = torch.stack([hidden_BC, first_BC], dim=1)
+        mask = torch.ones(2, 2, dtype=torch.bool, device=hidden_BC.device).tril()
+        codes, total, start = [], torch.zeros_like(hidden_BC), 0
+        for group in range(self.residuals):
+            end = group + 2
+            part = (rope[0][start:end], rope[1][start:end])
+            for number, layer in enumerate(self.model.layers):
+                x = layer(x, part, None if group else mask, (past[0, number], past[1, number]), start)
+            logits = self.lm_head[group](self.model.norm(x[:, -1]))
+            code = _sample(logits.float(), greedy_B, noise_BNK[:, group])
+            embedded = self.model.codec_embedding[group](code)
+            codes.append(code)
+            total = total + embedded
+            x, start = embedded.view(batch, 1, size), end
+        return torch.stack(codes, dim=1), total
+
+
+def _sample(logits_BV: torch.Tensor, greedy_B: torch.Tensor, noise_BK: torch.Tensor) -> torch.Tensor:
+    """One code a row: the likeliest one, or one drawn from the TOP_K likeliest within TOP_P.
+
+    A draw is the largest of probability / exponential noise, which needs no host and no second random number.
+    """
+    top_BK, index_BK = logits_BV.topk(min(TOP_K, logits_BV.shape[-1]))
+    probs = top_BK.softmax(-1)
+    before = probs.cumsum(-1) - probs
+    drawn = (probs / noise_BK[:, : probs.shape[-1]]).masked_fill(before >= TOP_P, -1.0).argmax(-1)
+    chosen = index_BK.gather(-1, drawn[:, None])[:, 0]
+    return torch.where(greedy_B, logits_BV.argmax(-1), chosen)
