@@ -1,0 +1,101 @@
+"""Cutting a stream of codec frames into windows for a vocoder.
+
+A window is the new frames plus frames of context before (and, for vocoders that look ahead, after) them. The first
+window is small, so that sound starts early; each further one may be twice as long, up to the steady size, because by
+then there is sound to play meanwhile. Without streaming there is one window with everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar
+
+from vllm_omni.errors import ConfigError
+
+Frame = TypeVar("Frame")
+
+
+@dataclass(frozen=True)
+class ChunkSchedule:
+    """How a stream of frames is cut; the fields are keys of the connector's ``extra``."""
+
+    codec_chunk_frames: int = 25
+    """New frames in a window once the stream runs."""
+    initial_codec_chunk_frames: int = 4
+    """New frames in the first window."""
+    codec_left_context_frames: int = 25
+    """Frames before the new ones that are sent again."""
+
+    @classmethod
+    def of(cls, extra: Mapping[str, Any], **defaults: int) -> ChunkSchedule:
+        """The schedule that a connector's ``extra`` describes; ``defaults`` are the model's.
+
+        Raises:
+            ConfigError: a value that is no count, or a first chunk larger than the later ones.
+        """
+        values = {**defaults, **{key: extra[key] for key in KEYS if key in extra}}
+        for key, value in values.items():
+            lowest = 0 if key == "codec_left_context_frames" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise ConfigError(f"connector extra: {key}={value!r}: a count from {lowest} is needed", field=key)
+        schedule = cls(**values)
+        if schedule.initial_codec_chunk_frames > schedule.codec_chunk_frames:
+            raise ConfigError(
+                f"connector extra: initial_codec_chunk_frames={schedule.initial_codec_chunk_frames} is more than "
+                f"codec_chunk_frames={schedule.codec_chunk_frames}",
+                field="initial_codec_chunk_frames",
+            )
+        return schedule
+
+    def size(self, number: int) -> int:
+        """New frames that window ``number`` waits for."""
+        return min(self.codec_chunk_frames, self.initial_codec_chunk_frames << min(number, 30))
+
+
+KEYS = tuple(f.name for f in fields(ChunkSchedule))
+"""Keys of a connector's ``extra`` that are read here and not by the connector."""
+
+
+@dataclass(frozen=True)
+class Window(Generic[Frame]):
+    """Frames to decode."""
+
+    frames: Sequence[Frame]
+    """Context before, new frames, context after."""
+    start: int
+    """Number of the first of ``frames`` in the stream."""
+    context: int
+    """How many of ``frames`` come before the new ones."""
+    fresh: int
+    """How many are new."""
+
+
+class FrameStream(Generic[Frame]):
+    """The frames of one request, and how far they have been handed on."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.done = 0
+        self.windows = 0
+
+    def take(
+        self, new: Sequence[Frame], schedule: ChunkSchedule, last: bool, lookahead: int = 0
+    ) -> Window[Frame] | None:
+        """Add ``new`` frames; the next window if enough have come (with ``last``: if any is left), else None.
+
+        Args:
+            new: frames that follow those before.
+            schedule: sizes.
+            last: whether the stream ends here.
+            lookahead: frames after the new ones that a window of a running stream needs.
+        """
+        self.frames.extend(new)
+        end = len(self.frames) if last else len(self.frames) - lookahead
+        fresh = end - self.done
+        if fresh < (1 if last else schedule.size(self.windows)):
+            return None
+        start = max(0, self.done - schedule.codec_left_context_frames)
+        window = Window(self.frames[start : end + lookahead], start, self.done - start, fresh)
+        self.done, self.windows = end, self.windows + 1
+        return window
