@@ -9,6 +9,7 @@ from tests.ratchets.source import Module, modules
 CATCHES_ALL: dict[str, str] = {
     "vllm_omni.entrypoints.cli.main": "main of the command: one line on stderr and a status",
     "vllm_omni.engine.stage_process": "main of a stage's process: Failed, or Returned with a typed error",
+    "vllm_omni.entrypoints.orchestrator": "edge functions are foreign code: what one raises ends its request, typed",
     "vllm_omni.diffusion.worker.diffusion_worker": "main of a rank's process: Failed, or a typed error of one unit",
 }
 # Module -> why it asks an object what it has.

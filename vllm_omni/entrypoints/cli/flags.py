@@ -70,11 +70,16 @@ def with_flags(function: Callable[..., Any], *groups: FlagGroup) -> Callable[...
     def command(**values: Any) -> Any:
         return function(**values)
 
-    command.__doc__ = function.__doc__
+    command.__doc__ = unwrapped(function.__doc__ or "")
     command.__name__ = function.__name__
     command.__signature__ = signature.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *made)}
     return command
+
+
+def unwrapped(text: str) -> str:
+    """A docstring with one line a paragraph, so that the terminal's width decides where lines break."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(text).split("\n\n"))
 
 
 def _parameters(group: FlagGroup) -> list[inspect.Parameter]:

@@ -1,9 +1,18 @@
 """The dataclasses whose fields are options of the command line, and what of them is no option."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.entrypoints.cli.flags import FlagGroup
+from vllm_omni.entrypoints.cli.flags import FlagGroup, option_name
+from vllm_omni.entrypoints.omni_args import OmniArgs
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
+OMNI = FlagGroup(
+    OmniArgs,
+    "Model and stages",
+    {"ray_address": "for a backend that is not there yet"},
+)
 SAMPLING = FlagGroup(
     OmniDiffusionSamplingParams,
     "Sampling parameters",
@@ -15,10 +24,23 @@ SAMPLING = FlagGroup(
 )
 ENGINE = FlagGroup(
     OmniDiffusionConfig,
-    "Engine",
+    "Engine of diffusion stages",
     {
-        "model": "--model of the command",
+        "model": "an option of the group before",
         "parallel_config": "its fields are options themselves",
     },
 )
-PARALLEL = FlagGroup(DiffusionParallelConfig, "Parallelism", {})
+PARALLEL = FlagGroup(DiffusionParallelConfig, "Parallelism of diffusion stages", {})
+
+OMNI_GROUPS = (OMNI, ENGINE, PARALLEL)
+"""Everything that ``Omni`` and ``AsyncOmni`` are built with."""
+
+
+def omni_arguments(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``Omni`` that the user typed."""
+    return {name: value for group in OMNI_GROUPS for name, value in group.given(flags).items()}
+
+
+def flag_sources(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Where typed arguments come from, for messages and ``config show``."""
+    return {name: option_name(name) for name in arguments}

@@ -50,7 +50,7 @@ def _options(
 
 def build_app(wanted: str | None) -> typer.Typer:
     """The application with the command ``wanted`` loaded; the other commands only stand in the list of ``--help``."""
-    app = typer.Typer(name="vllm-omni", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+    app = typer.Typer(name="vllm-omni", no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
     app.callback()(_options)
     for name, (module, line) in COMMANDS.items():
         if name == wanted:
@@ -60,14 +60,16 @@ def build_app(wanted: str | None) -> typer.Typer:
     return app
 
 
-def _one_line(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, typer.TyperException):
         text = error.format_message()
+        if text.startswith("Usage:"):  # a group without its command: its help
+            return text
     elif isinstance(error, (OmniError, OSError)):
         text = str(error)
     else:
         text = f"unexpected {type(error).__name__}: {error} (--traceback shows where)"
-    return " ".join(text.split())
+    return "vllm-omni: " + " ".join(text.split())
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -85,7 +87,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:  # the process's main: whatever went wrong leaves as one line
         if show_traceback:
             raise
-        print(f"vllm-omni: {_one_line(error)}", file=sys.stderr)
+        print(_message(error), file=sys.stderr)
         return USAGE_STATUS if isinstance(error, BAD_INPUT) else FAILURE_STATUS
 
 

@@ -28,14 +28,12 @@ class Recipe:
     """What the picture should not show."""
     model: str | None
     """The checkpoint as the user named it."""
-    stage_configs_path: str | None = None
-    """The stage configuration, where one was used."""
     seed: int | None = None
     """The seed that was used, drawn or given."""
     sampling_params: Mapping[str, Any] = field(default_factory=dict)
-    """Sampling parameters that were set."""
+    """Sampling parameters, the given ones and those that the model decided."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
-    """Engine settings that were set."""
+    """Arguments of ``Omni`` that were given, the model among them."""
     index: int = 0
     """Number of the picture among those of its prompt."""
     version: str = __version__

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vllm_omni.config.schema import nearest
+from vllm_omni.entrypoints.cli.flags import unwrapped
 from vllm_omni.errors import RequestError
 
 
@@ -32,4 +33,4 @@ def tiny_model(
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("tiny-model")(tiny_model)
+    app.command("tiny-model", help=unwrapped(tiny_model.__doc__ or ""))(tiny_model)
