@@ -68,7 +68,7 @@ class FlowSchedule:
             sigmas: levels to shift instead of the even ones from 1 to 1 / steps.
         """
         base = np.linspace(1.0, 1 / steps, steps) if sigmas is None else np.array(sigmas)
-        sigma = base.astype(np.float32)
+        sigma: Any = base.astype(np.float32)
         if not self.use_dynamic_shifting:
             sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
         else:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 import torch
-
-Combine: TypeAlias = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 def plain_cfg(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:

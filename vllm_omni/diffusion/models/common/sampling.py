@@ -165,7 +165,7 @@ def with_overrides(
     if prompt is None and negative_prompt is None:
         return req
     texts = req.texts() if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = req.negative_texts() if prompt is None else [None] * len(texts)
+    negatives: list[str | None] = req.negative_texts() if prompt is None else [None] * len(texts)
     if negative_prompt is not None:
         negatives = [negative_prompt] * len(texts) if isinstance(negative_prompt, str) else list(negative_prompt)
     if len(negatives) != len(texts):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,23 @@ class Conditioning:
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     """Further tensors of one family by name, batch first."""
 
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens that count of each text."""
+        return self.text_lengths or (self.text_BTD.shape[1],) * self.text_BTD.shape[0]
+
+    def repeat(self, copies: int) -> Conditioning:
+        """Every row ``copies`` times in succession: several pictures of one prompt."""
+        if copies == 1:
+            return self
+        return Conditioning(
+            text_BTD=self.text_BTD.repeat_interleave(copies, dim=0),
+            text_lengths=None
+            if self.text_lengths is None
+            else tuple(length for length in self.text_lengths for _ in range(copies)),
+            pooled_BD=None if self.pooled_BD is None else self.pooled_BD.repeat_interleave(copies, dim=0),
+            extras={name: tensor.repeat_interleave(copies, dim=0) for name, tensor in self.extras.items()},
+        )
+
 
 @dataclass(frozen=True)
 class Branches:
@@ -35,6 +52,12 @@ class Branches:
 
     positive: Conditioning
     negative: Conditioning | None = None
+
+    def get(self, name: Literal["positive", "negative"]) -> Conditioning:
+        """The branch ``name``, which must be there."""
+        branch = self.positive if name == "positive" else self.negative
+        assert branch is not None
+        return branch
 
 
 @dataclass

@@ -101,7 +101,7 @@ class FluxTimeTextEmbedding(nn.Module):
     def forward(
         self, timesteps_N: torch.Tensor, pooled_BD: torch.Tensor, guidance_B: torch.Tensor | None
     ) -> torch.Tensor:
-        """[N, B, D]. Timestep and guidance are rounded to the model's dtype before the sinusoid, as in the reference."""
+        """[N, B, D]. Timestep and guidance are rounded to the model's dtype before the sinusoid (as there)."""
         dtype = pooled_BD.dtype
         time = self.timestep_embedder(sinusoid(timesteps_N.to(dtype) / 1000 * 1000).to(dtype))[:, None]
         if self.guidance_embedder is not None:
