@@ -62,3 +62,17 @@ DIFFUSION_ATTENTION_BACKEND = _register(
         "Attention backend of diffusion stages (SDPA, FLASH_ATTN); empty lets the platform choose.",
     )
 )
+
+
+def _device_list(text: str) -> list[str] | None:
+    return [name.strip() for name in text.split(",") if name.strip() not in ("", "-1")]
+
+
+CUDA_VISIBLE_DEVICES = _register(
+    EnvVar(
+        "CUDA_VISIBLE_DEVICES",
+        _device_list,
+        None,
+        "GPUs that may be used (indices or UUIDs); the devices of a stage count within this list.",
+    )
+)

@@ -25,12 +25,14 @@ class OmniError(Exception):
     Attributes:
         message: what went wrong and what to do.
         details: plain values that locate it (field, stage_id, phase, request_id, ...); they survive the wire.
+        outputs: what the other prompts of the same ``Omni.generate`` call made.
     """
 
     def __init__(self, message: str, **details: Any) -> None:
         super().__init__(message)
         self.message = message
         self.details: dict[str, Any] = {key: value for key, value in details.items() if value is not None}
+        self.outputs: list[Any] = []
 
     def to_wire(self) -> dict[str, Any]:
         """Plain dictionary for messages; ``from_wire`` is the inverse."""
@@ -38,7 +40,8 @@ class OmniError(Exception):
 
 
 class ConfigError(OmniError, ValueError):
-    """A setting is wrong, unknown, or cannot be honoured by the model or the platform. ``details['field']`` names it."""
+    """A setting is wrong, unknown, or cannot be honoured by the model or the platform. ``details['field']`` names
+    it."""
 
 
 class RequestError(OmniError, ValueError):

@@ -1,0 +1,1 @@
+"""Transport between stages. Knows bytes and keys; knows no model and no stage semantics."""

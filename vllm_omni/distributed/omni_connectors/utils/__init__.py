@@ -1,0 +1,1 @@
+"""Serialisation and shared memory beneath the connectors."""

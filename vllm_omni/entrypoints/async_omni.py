@@ -1,0 +1,343 @@
+"""``AsyncOmni``: the stage graph of one model, for asyncio programs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+import weakref
+from collections import deque
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from vllm_omni import envs
+from vllm_omni.config.stage import PipelineConfig
+from vllm_omni.distributed.omni_connectors.factory import stage_threshold
+from vllm_omni.distributed.omni_connectors.utils.arena import Arena
+from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
+from vllm_omni.entrypoints import omni_args
+from vllm_omni.entrypoints.orchestrator import Orchestrator
+from vllm_omni.entrypoints.params import default_params, params_for
+from vllm_omni.entrypoints.results import build_output
+from vllm_omni.entrypoints.stage_client import ProcessStageClient
+from vllm_omni.entrypoints.stage_graph import StageGraph
+from vllm_omni.entrypoints.stage_launch import StageHandle, StageSpec, end, launch_all
+from vllm_omni.errors import OmniError, RequestError, StageDeadError
+from vllm_omni.inputs.data import OmniPromptType, OmniSamplingParams
+from vllm_omni.logger import init_logger
+from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.request import Deadline, OmniRequest, check_prompt
+
+logger = init_logger(__name__)
+
+SamplingParamsArg: TypeAlias = "OmniSamplingParams | Sequence[OmniSamplingParams] | None"
+
+
+class AsyncOmni:
+    """A model that runs: its stages are processes, its requests are async generators.
+
+    The constructor starts the stages and returns when all are ready. The object then belongs to the event loop in which
+    it is first used. ``shutdown`` (or ``async with``, or the end of the program) ends the processes.
+
+    Args:
+        model: folder of the checkpoint, or a hub name that the local cache holds.
+        **kwargs: arguments of ``entrypoints.omni_args.OmniArgs`` and of ``OmniDiffusionConfig``.
+
+    Raises:
+        ConfigError: an argument is unknown, wrong, or cannot be honoured.
+        DeadlineError: the stages were not ready in time.
+        StageDeadError: a stage's process ended while it started.
+    """
+
+    def __init__(self, model: str | None = None, **kwargs: Any) -> None:
+        given = {"model": model, **kwargs} if model is not None else dict(kwargs)
+        self._setup = omni_args.resolve(given)
+        args, pipeline = self._setup.args, self._setup.pipeline
+        _log_devices(pipeline)
+        self._graph = StageGraph.from_config(pipeline)
+        self._defaults = default_params(pipeline)
+        self._arena = Arena()
+        codec = Codec(self._arena, args.shm_threshold_bytes)
+        specs = [_spec(self._setup, stage_id) for stage_id in self._defaults]
+        self._handles = launch_all(specs, codec, args.stage_init_timeout, args.init_timeout)
+        self._finalizer = weakref.finalize(self, _end_all, self._handles, self._arena)
+        self._clients = {handle.spec.stage_id: ProcessStageClient(handle, codec) for handle in self._handles}
+        self._orchestrator = Orchestrator(self._graph, self._clients)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # ---------------------------------------------------------------- requests
+
+    async def generate(
+        self,
+        prompt: OmniPromptType,
+        request_id: str | SamplingParamsArg = None,
+        sampling_params_list: str | SamplingParamsArg = None,
+        *,
+        sampling_params: SamplingParamsArg = None,
+        output_modalities: Sequence[str] | None = None,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[OmniRequestOutput, None]:
+        """Run one request; yields the outputs of the final stages as they come.
+
+        ``request_id`` and the sampling parameters may change places: they are told apart by type. Closing or cancelling
+        the generator aborts the request.
+
+        Args:
+            prompt: text, or a dictionary (``OmniTextPrompt``, ``OmniTokensPrompt``).
+            request_id: the caller's id; default: a fresh one.
+            sampling_params_list: one set for all stages of its class, or a list with one per stage.
+            sampling_params: the same, by another name.
+            output_modalities: kinds of output wanted; stages that these do not need are not run. Default: all.
+            timeout: seconds for the whole request.
+
+        Raises:
+            RequestError: the prompt or a parameter is wrong.
+            RequestAborted: ``abort`` was called for it.
+            DeadlineError: ``timeout`` is over; the error names the stage and the phase.
+            StageError: a stage failed on it; ``StageDeadError`` when the stage is gone.
+        """
+        name, params = _sort_arguments(request_id, sampling_params_list, sampling_params)
+        request = self.make_request(prompt, name, params, output_modalities=output_modalities, timeout=timeout)
+        await self.attach()
+        stream = _Stream()
+        key = self._orchestrator.open(request, stream)
+        try:
+            async for stage_id, data, finished, times in stream:
+                yield self.build(request, stage_id, data, finished, times)
+        finally:
+            self._orchestrator.abort(key)
+
+    def make_request(
+        self,
+        prompt: OmniPromptType,
+        request_id: str | None,
+        params: SamplingParamsArg,
+        loose: Mapping[str, Any] | None = None,
+        output_modalities: Sequence[str] | None = None,
+        timeout: float | None = None,
+    ) -> OmniRequest:
+        """Check one request; raises ``RequestError``."""
+        if timeout is not None and not timeout > 0:
+            raise RequestError(f"timeout={timeout!r}: must be above 0", field="timeout", value=timeout)
+        check_prompt(prompt)
+        return OmniRequest(
+            request_id or uuid.uuid4().hex,
+            prompt,
+            params_for(self._defaults, params, loose),
+            output_modalities,
+            Deadline.after(timeout) if timeout is not None else None,
+        )
+
+    def build(
+        self, request: OmniRequest, stage_id: int, data: Mapping[str, Any], finished: bool, times: Mapping[str, Any]
+    ) -> OmniRequestOutput:
+        """The caller's view of an output that a sink got."""
+        output = build_output(self._graph.node(stage_id), request, data, finished, times)
+        if finished and self._setup.args.log_stats:
+            logger.info("request %s: %s", request.request_id, output.metrics["stages"])
+        return output
+
+    async def abort(self, request_id: str) -> None:
+        """Abort every open request with exactly this id; their generators raise ``RequestAborted``. Idempotent."""
+        if self._loop is not None:
+            self._orchestrator.abort(request_id)
+
+    # ---------------------------------------------------------------- state
+
+    @property
+    def orchestrator(self) -> Orchestrator:
+        """The orchestration itself, for ``Omni``; to be used in the event loop only."""
+        return self._orchestrator
+
+    @property
+    def pipeline(self) -> PipelineConfig:
+        """The stage configuration that is run."""
+        return self._setup.pipeline
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages."""
+        return len(self._handles)
+
+    @property
+    def default_sampling_params_list(self) -> list[OmniSamplingParams]:
+        """Each stage's own sampling parameters."""
+        return list(self._defaults.values())
+
+    @property
+    def is_running(self) -> bool:
+        """Whether every stage lives and ``shutdown`` was not called."""
+        return self._finalizer.alive and not self.errored
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether ``shutdown`` was called."""
+        return not self._finalizer.alive
+
+    @property
+    def errored(self) -> bool:
+        """Whether a stage has died."""
+        return self.dead_error is not None
+
+    @property
+    def dead_error(self) -> StageDeadError | None:
+        """The death of the first stage that died."""
+        return self._orchestrator.dead_error
+
+    async def check_health(self, timeout: float = 10.0) -> None:
+        """Ask every stage, and through it every rank.
+
+        Raises:
+            StageDeadError: a stage or a rank is gone.
+            DeadlineError: a stage does not answer within ``timeout`` seconds.
+        """
+        if self.dead_error is not None:
+            raise self.dead_error
+        await self._call_all(None, "check_health", timeout=timeout)
+
+    async def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        stages: Sequence[int] | None = None,
+    ) -> list[Any]:
+        """Call a worker's method on every rank of every stage (or of ``stages``); the results in that order."""
+        results = await self._call_all(stages, "call", method, list(args), dict(kwargs or {}), timeout=timeout)
+        return [result for ranks in results.values() for result in ranks]
+
+    async def start_profile(self, stages: Sequence[int] | None = None) -> None:
+        """Start a torch profiler trace in all stages, or in ``stages``."""
+        root = os.path.abspath(envs.VLLM_TORCH_PROFILER_DIR())
+        for stage_id in self._stage_ids(stages):
+            await self._call_all([stage_id], "start_profile", os.path.join(root, f"stage_{stage_id}"))
+
+    async def stop_profile(self, stages: Sequence[int] | None = None) -> dict[int, list[str]]:
+        """Stop the traces; returns the files written, by stage id."""
+        return await self._call_all(stages, "stop_profile")
+
+    def _stage_ids(self, stages: Sequence[int] | None) -> list[int]:
+        for stage_id in stages or ():
+            if stage_id not in self._clients:
+                raise RequestError(f"stages: no stage {stage_id}; there are {sorted(self._clients)}", field="stages")
+        return list(self._clients if stages is None else stages)
+
+    async def _call_all(self, stages: Sequence[int] | None, method: str, *args: Any, **kwargs: Any) -> dict[int, Any]:
+        stage_ids = self._stage_ids(stages)
+        await self.attach()
+        calls = (self._clients[stage_id].call(method, *args, **kwargs) for stage_id in stage_ids)
+        return dict(zip(stage_ids, await asyncio.gather(*calls), strict=True))
+
+    # ---------------------------------------------------------------- life
+
+    async def attach(self) -> None:
+        """Join the running event loop, unless that was done.
+
+        Raises:
+            StageDeadError: ``shutdown`` was called.
+            RuntimeError: the object is in use in another loop.
+        """
+        loop = asyncio.get_running_loop()
+        if self.is_stopped:
+            raise StageDeadError("the engine is shut down")
+        if self._loop is loop:
+            return
+        if self._loop is not None and not self._loop.is_closed():
+            raise RuntimeError("an AsyncOmni belongs to the event loop in which it was first used")
+        self._loop = loop
+        await self._orchestrator.attach()
+
+    def shutdown(self) -> None:
+        """End every open request and every stage process; returns when all are gone. Idempotent."""
+        if self.is_stopped:
+            return
+        self._orchestrator.abort_all(StageDeadError("the engine was shut down"))
+        for client in self._clients.values():
+            client.detach()
+        self._finalizer()
+
+    async def __aenter__(self) -> AsyncOmni:
+        await self.attach()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.shutdown()
+
+
+class _Stream:
+    """A request's sink whose outputs can be awaited, by one consumer."""
+
+    def __init__(self) -> None:
+        self._items: deque[tuple[int, dict[str, Any], bool, dict[str, Any]]] = deque()
+        self._ended = False
+        self._error: OmniError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def on_output(self, stage_id: int, data: dict[str, Any], finished: bool, metrics: dict[str, Any]) -> None:
+        self._items.append((stage_id, data, finished, metrics))
+        self._wake()
+
+    def on_progress(self, stage_id: int, step: int, total: int) -> None:
+        """Not handed on: the generator yields outputs."""
+
+    def on_end(self, error: OmniError | None) -> None:
+        self._ended, self._error = True, error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> _Stream:
+        return self
+
+    async def __anext__(self) -> tuple[int, dict[str, Any], bool, dict[str, Any]]:
+        while not self._items:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._items.popleft()
+
+
+def _sort_arguments(
+    second: str | SamplingParamsArg, third: str | SamplingParamsArg, keyword: SamplingParamsArg
+) -> tuple[str | None, SamplingParamsArg]:
+    """(request id, sampling parameters), whichever way round they were given."""
+    given = [value for value in (second, third, keyword) if value is not None and value != ""]
+    names = [value for value in given if isinstance(value, str)]
+    params = [value for value in given if not isinstance(value, str)]
+    if len(names) > 1 or len(params) > 1:
+        twice = "request_id" if len(names) > 1 else "sampling parameters"
+        raise RequestError(f"{twice} given twice", field=twice)
+    return (names[0] if names else None), (params[0] if params else None)
+
+
+def _spec(setup: omni_args.OmniSetup, stage_id: int) -> StageSpec:
+    stage = next(stage for stage in setup.pipeline.stages if stage.stage_id == stage_id)
+    connectors = [
+        setup.pipeline.connector(stage_id, int(edge.removeprefix("to_stage_"))) for edge in stage.output_connectors
+    ]
+    return StageSpec(
+        stage_id,
+        omni_args.engine_class(stage),
+        omni_args.stage_engine_args(stage),
+        stage_threshold(stage_id, [c for c in connectors if c is not None], setup.args.shm_threshold_bytes),
+        setup.args.batch_timeout,
+        stage.runtime.max_batch_size or 64,
+    )
+
+
+def _log_devices(pipeline: PipelineConfig) -> None:
+    rows = omni_args.device_table(pipeline)
+    if rows:
+        lines = [f"{stage_id:>5}  {logical:<10}  {physical}" for stage_id, logical, physical in rows]
+        logger.info("devices of the stages:\n%s", "\n".join(["stage  logical     CUDA_VISIBLE_DEVICES entry", *lines]))
+
+
+def _end_all(handles: list[StageHandle], arena: Arena) -> None:
+    end(handles)
+    arena.close()

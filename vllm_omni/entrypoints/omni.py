@@ -1,0 +1,229 @@
+"""``Omni``: the stage graph of one model, for ordinary programs. A shell over ``AsyncOmni`` with a loop in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+from vllm_omni.config.stage import PipelineConfig
+from vllm_omni.entrypoints.async_omni import AsyncOmni, SamplingParamsArg
+from vllm_omni.entrypoints.params import with_negative
+from vllm_omni.entrypoints.progress import Progress
+from vllm_omni.errors import OmniError, RequestError
+from vllm_omni.inputs.data import OmniPromptType, OmniSamplingParams
+from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.request import OmniRequest
+
+
+class Omni:
+    """A model that runs. ``Omni(model).generate("a cup of coffee")[0].images[0]``.
+
+    Takes the arguments of ``AsyncOmni``. Ends its processes with ``close``, at the end of a ``with`` block, when it is
+    dropped, or at the end of the program.
+    """
+
+    def __init__(self, model: str | None = None, **kwargs: Any) -> None:
+        self._async = AsyncOmni(model, **kwargs)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="omni-loop", daemon=True)
+        self._thread.start()
+        self._finalizer = weakref.finalize(self, _close, self._async, self._loop, self._thread)
+        self._run(self._async.attach())
+
+    def generate(
+        self,
+        prompts: OmniPromptType | Sequence[OmniPromptType],
+        sampling_params_list: SamplingParamsArg = None,
+        *,
+        py_generator: bool = False,
+        use_tqdm: bool | Callable[..., Any] = True,
+        sampling_params: SamplingParamsArg = None,
+        negative_prompts: str | Sequence[str | None] | None = None,
+        output_modalities: Sequence[str] | None = None,
+        timeout: float | None = None,
+        **loose: Any,
+    ) -> list[OmniRequestOutput] | Generator[OmniRequestOutput, None, None]:
+        """Run prompts; all at once, the stages batch them.
+
+        Every prompt is a request of its own. When some fail, the others still finish: then the error of the first that
+        failed is raised, and its ``outputs`` hold what the others made. The engine goes on.
+
+        Args:
+            prompts: one prompt or a list.
+            sampling_params_list: one set for all stages of its class, or one per stage; or ``sampling_params=``.
+            py_generator: return a generator that yields outputs in the order in which they are made, instead of a
+                list in the order of the prompts (and of the stages, where several make output).
+            use_tqdm: show a progress bar: of steps for one prompt, of prompts for several; or a function to make one.
+            negative_prompts: one for all prompts, or one each.
+            output_modalities: kinds of output wanted, such as ``["text"]``. Default: all that the model makes.
+            timeout: seconds for the whole call.
+            **loose: fields of ``OmniDiffusionSamplingParams`` (``height=512``), set over the sampling parameters.
+
+        Raises:
+            RequestError: a prompt or a parameter is wrong.
+            DeadlineError: ``timeout`` is over.
+            StageError: a stage failed; ``StageDeadError`` when it is gone.
+        """
+        if sampling_params is not None and sampling_params_list is not None:
+            raise RequestError(
+                "sampling_params and sampling_params_list are the same; give one", field="sampling_params"
+            )
+        many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        params = sampling_params if sampling_params is not None else sampling_params_list
+        requests: list[OmniRequest | OmniError] = [
+            self._request(prompt, index, params, loose, output_modalities, timeout)
+            for index, prompt in enumerate(with_negative(many, negative_prompts))
+        ]
+        run = self._outputs(requests, Progress(use_tqdm, len(many)))
+        if py_generator:
+            return (output for _, output in run)
+        ordered: list[list[OmniRequestOutput]] = [[] for _ in many]
+        try:
+            for index, output in run:
+                ordered[index].append(output)
+        except OmniError as error:
+            error.outputs = [output for outputs in ordered for output in outputs]
+            raise
+        return [output for outputs in ordered for output in sorted(outputs, key=lambda output: output.stage_id or 0)]
+
+    def _request(self, prompt: Any, index: int, params: Any, *rest: Any) -> OmniRequest | OmniError:
+        try:
+            return self._async.make_request(prompt, f"{index}_{uuid.uuid4()}", params, *rest)
+        except OmniError as error:
+            return error
+
+    def _outputs(
+        self, requests: list[OmniRequest | OmniError], progress: Progress
+    ) -> Generator[tuple[int, OmniRequestOutput], None, None]:
+        """(index of the prompt, output) as they are made; raises the first error by index when all have ended."""
+        events: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
+        errors = {index: item for index, item in enumerate(requests) if isinstance(item, OmniError)}
+        good = {index: item for index, item in enumerate(requests) if isinstance(item, OmniRequest)}
+        running = set(good)
+        self._run(self._open(good, events))
+        with progress:
+            progress.ended(len(errors))
+            try:
+                while running:
+                    index, kind, value = events.get()
+                    if kind == "output":
+                        yield index, self._async.build(good[index], *value)
+                    elif kind == "progress":
+                        progress.step(*value)
+                    else:
+                        running.discard(index)
+                        progress.ended(1)
+                        if value is not None:
+                            errors[index] = value
+            finally:
+                if running:
+                    self._run(self._abort([good[index].request_id for index in running]))
+        if errors:
+            raise errors[min(errors)]
+
+    async def _open(self, requests: Mapping[int, OmniRequest], events: queue.SimpleQueue[tuple[int, str, Any]]) -> None:
+        await self._async.attach()
+        for index, request in requests.items():
+            sink = _Sink(index, events)
+            try:
+                self._async.orchestrator.open(request, sink)
+            except OmniError as error:
+                sink.on_end(error)
+
+    async def _abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._async.orchestrator.abort(request_id)
+
+    def _run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def abort(self, request_id: str) -> None:
+        """Abort every open request with this id (the ids are in the outputs of a generator); from any thread."""
+        self._run(self._abort([request_id]))
+
+    def start_profile(self, stages: Sequence[int] | None = None) -> None:
+        """Start a torch profiler trace in all stages, or in ``stages``."""
+        self._run(self._async.start_profile(stages))
+
+    def stop_profile(self, stages: Sequence[int] | None = None) -> dict[int, list[str]]:
+        """Stop the traces; returns the files written, by stage id."""
+        files: dict[int, list[str]] = self._run(self._async.stop_profile(stages))
+        return files
+
+    def check_health(self, timeout: float = 10.0) -> None:
+        """As ``AsyncOmni.check_health``."""
+        self._run(self._async.check_health(timeout))
+
+    def collective_rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """As ``AsyncOmni.collective_rpc``."""
+        results: list[Any] = self._run(self._async.collective_rpc(method, *args, **kwargs))
+        return results
+
+    @property
+    def pipeline(self) -> PipelineConfig:
+        """The stage configuration that is run."""
+        return self._async.pipeline
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages."""
+        return self._async.num_stages
+
+    @property
+    def default_sampling_params_list(self) -> list[OmniSamplingParams]:
+        """Each stage's own sampling parameters."""
+        return self._async.default_sampling_params_list
+
+    @property
+    def is_running(self) -> bool:
+        """Whether every stage lives and ``close`` was not called."""
+        return self._async.is_running
+
+    @property
+    def errored(self) -> bool:
+        """Whether a stage has died."""
+        return self._async.errored
+
+    def close(self) -> None:
+        """End every open request and every process. Idempotent."""
+        self._finalizer()
+
+    def __enter__(self) -> Omni:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _Sink:
+    """Hands a request's events to the calling thread."""
+
+    def __init__(self, index: int, events: queue.SimpleQueue[tuple[int, str, Any]]) -> None:
+        self._index = index
+        self._events = events
+
+    def on_output(self, stage_id: int, data: dict[str, Any], finished: bool, metrics: dict[str, Any]) -> None:
+        self._events.put((self._index, "output", (stage_id, data, finished, metrics)))
+
+    def on_progress(self, stage_id: int, step: int, total: int) -> None:
+        self._events.put((self._index, "progress", (stage_id, step, total)))
+
+    def on_end(self, error: OmniError | None) -> None:
+        self._events.put((self._index, "end", error))
+
+
+def _close(engine: AsyncOmni, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """Shut down in the loop, then end the loop's thread."""
+
+    async def shutdown() -> None:
+        engine.shutdown()
+
+    asyncio.run_coroutine_threadsafe(shutdown(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()

@@ -1,0 +1,342 @@
+"""Arguments of ``Omni`` and ``AsyncOmni``, and the pipeline configuration that they and the model lead to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from vllm_omni import envs
+from vllm_omni.config.schema import nearest, parse
+from vllm_omni.config.stage import PipelineConfig, Row, StageConfig, load_stage_configs, single_diffusion_stage
+from vllm_omni.errors import ConfigError
+
+STAGE_CONFIGS = Path(__file__).parent.parent / "model_executor" / "stage_configs"
+DIFFUSION_ENGINE = "vllm_omni.diffusion.diffusion_engine.DiffusionEngine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniArgs:
+    """What ``Omni`` and ``AsyncOmni`` themselves take; every other argument is one of ``OmniDiffusionConfig``."""
+
+    model: str | None = None
+    """Folder of the checkpoint, or a hub name that the local cache holds."""
+    stage_configs_path: str | None = None
+    """Stage configuration file (YAML). Without it: one diffusion stage, or the file that comes with the package."""
+    log_stats: bool = False
+    """Log one line of times per finished request."""
+    stage_init_timeout: float = 300.0
+    """Seconds until every single stage must be ready."""
+    init_timeout: float = 600.0
+    """Seconds until all stages together must be ready."""
+    shm_threshold_bytes: int = 65536
+    """Tensors, arrays, images and bytes larger than this travel between processes in shared memory, not in messages."""
+    worker_backend: Literal["multi_process"] = "multi_process"
+    """How stages are run: one process each on this machine."""
+    ray_address: str | None = None
+    """Address of a Ray cluster; only for ``worker_backend="ray"``, which is not there yet."""
+    batch_timeout: float = 0.0
+    """Seconds that an idle stage waits for more requests before it starts its first step. A busy stage takes requests
+    in between steps anyway, so waiting pays only where requests come in bursts."""
+    default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
+    """By stage id: sampling parameters of requests that bring none; wins over the stage configuration."""
+
+    def __post_init__(self) -> None:
+        for name in ("stage_init_timeout", "init_timeout"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be above 0", field=name)
+        for name in ("shm_threshold_bytes", "batch_timeout"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must not be negative", field=name)
+        if self.ray_address is not None:
+            raise ConfigError(
+                f'ray_address={self.ray_address!r}: stages run as processes of this machine (worker_backend="ray" is '
+                "not there yet)",
+                field="ray_address",
+            )
+
+
+@dataclass(frozen=True)
+class OmniSetup:
+    """Everything that is known before a process is started."""
+
+    args: OmniArgs
+    pipeline: PipelineConfig
+    sources: Mapping[str, str]
+    """Argument -> where it came from."""
+
+    def rows(self) -> list[Row]:
+        """(path, value, source) of every value, defaults of engines included: what ``vllm-omni config show`` prints."""
+        own = [(spec.name, getattr(self.args, spec.name)) for spec in fields(OmniArgs)]
+        out: list[Row] = [(name, value, self.sources.get(name, "default")) for name, value in own]
+        out.extend(self.pipeline.rows())
+        for index, stage in enumerate(self.pipeline.stages):
+            if engine_class(stage) == DIFFUSION_ENGINE:
+                out.extend(_diffusion_defaults(stage, f"stage_args[{index}].engine_args"))
+        return out
+
+
+def resolve(values: Mapping[str, Any], source: str | Mapping[str, str] = "Omni() argument") -> OmniSetup:
+    """From the arguments of ``Omni`` to the checked configuration; starts and loads nothing.
+
+    Args:
+        values: ``model`` and all keyword arguments.
+        source: where they came from, for ``rows``; one text for all, or one per argument.
+
+    Raises:
+        ConfigError: an unknown or wrong argument, or no model.
+    """
+    sources = dict.fromkeys(values, source) if isinstance(source, str) else dict(source)
+    own_names = {spec.name for spec in fields(OmniArgs)}
+    own = {name: value for name, value in values.items() if name in own_names}
+    rest = {name: value for name, value in values.items() if name not in own_names}
+    if own.get("worker_backend") == "ray":
+        raise ConfigError('worker_backend="ray" is not there yet; use "multi_process"', field="worker_backend")
+    if isinstance(own.get("default_sampling_params"), str):
+        own["default_sampling_params"] = _json(own["default_sampling_params"])
+    if own.get("default_sampling_params"):
+        own["default_sampling_params"] = {str(key): item for key, item in own["default_sampling_params"].items()}
+    if isinstance(own.get("model"), os.PathLike):
+        own["model"] = os.fspath(own["model"])
+    args = parse(OmniArgs, own, "Omni()")
+    engine_args = _engine_args(rest)
+    pipeline = _pipeline(args, engine_args, sources)
+    pipeline = _with_default_params(pipeline, args, sources)
+    for stage in pipeline.stages:
+        _check_engine(stage)
+    return OmniSetup(args, pipeline, sources)
+
+
+def default_model() -> str:
+    """The model of ``Omni()`` without arguments.
+
+    Raises:
+        ConfigError: always, until the package has one.
+    """
+    raise ConfigError("model is missing: give the folder or the hub name of a checkpoint", field="model")
+
+
+def engine_class(stage: StageConfig) -> str:
+    """Qualified name of the ``StageEngine`` of a stage.
+
+    Raises:
+        ConfigError: the stage type has none yet.
+    """
+    if "engine_cls" in stage.engine_args:
+        return str(stage.engine_args["engine_cls"])
+    if stage.stage_type == "diffusion":
+        return DIFFUSION_ENGINE
+    raise ConfigError(
+        f"stage {stage.stage_id}: stage_type={stage.stage_type!r} comes with AR stages; diffusion stages run, and "
+        "engine_args.engine_cls may name a StageEngine",
+        field="stage_type",
+    )
+
+
+def _engine_args(rest: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that go to the diffusion engine, in plain form; what others call by another name is settled here."""
+    from vllm_omni.diffusion.data import DiffusionParallelConfig
+
+    out = dict(rest)
+    backend = out.pop("cache_backend", "none")
+    if backend not in (None, "none"):
+        raise ConfigError(f'cache_backend={backend!r}: only "none" is there yet', field="cache_backend")
+    if out.get("cache_config") is not None:
+        raise ConfigError('cache_config needs a cache_backend, and only "none" is there yet', field="cache_config")
+    out.pop("cache_config", None)
+    if isinstance(out.get("parallel_config"), DiffusionParallelConfig):
+        out["parallel_config"] = dict(vars(out["parallel_config"]))
+    dtype = out.get("dtype")
+    if type(dtype).__module__ == "torch" and type(dtype).__name__ == "dtype":
+        out["dtype"] = str(dtype).removeprefix("torch.")
+    return out
+
+
+def _check_num_gpus(num_gpus: Any, engine_args: Mapping[str, Any]) -> None:
+    """``num_gpus`` says again what the parallel sizes say; it may not contradict them."""
+    from vllm_omni.diffusion.data import OmniDiffusionConfig
+
+    ranks = OmniDiffusionConfig.from_kwargs(**engine_args).parallel_config.world_size
+    if num_gpus != ranks:
+        raise ConfigError(
+            f"num_gpus={num_gpus!r} but the parallel sizes make {ranks} rank(s); set tensor_parallel_size or another "
+            "parallel size, num_gpus follows from them",
+            field="num_gpus",
+        )
+
+
+def _pipeline(args: OmniArgs, engine_args: dict[str, Any], sources: Mapping[str, str]) -> PipelineConfig:
+    num_gpus = engine_args.pop("num_gpus", None)
+    if args.stage_configs_path is None:
+        model = args.model if args.model is not None else default_model()
+        path = _packaged_stages(model, engine_args.get("revision"))
+        if path is None:
+            pipeline = single_diffusion_stage({"model": model, **engine_args}, "Omni() argument")
+            lines = {f"stage_args[0].engine_args.{name}": sources.get(name, "model") for name in engine_args}
+            lines["stage_args[0].engine_args.model"] = sources.get("model", "default")
+            if num_gpus is not None:
+                _check_num_gpus(num_gpus, {"model": model, **engine_args})
+            return replace(pipeline, sources=lines)
+    else:
+        path = Path(args.stage_configs_path)
+    if num_gpus is not None:
+        raise ConfigError("num_gpus belongs into the stages' engine_args of the stage configuration", field="num_gpus")
+    return _overridden(load_stage_configs(path), args.model, engine_args, sources)
+
+
+def _overridden(
+    pipeline: PipelineConfig, model: str | None, engine_args: Mapping[str, Any], sources: Mapping[str, str]
+) -> PipelineConfig:
+    """Put arguments of ``Omni`` over the file's: ``model`` for all stages that name none, the rest for diffusion
+    stages."""
+    lines, stages, taken = dict(pipeline.sources), [], False
+    for index, stage in enumerate(pipeline.stages):
+        merged = dict(stage.engine_args)
+        custom = "engine_cls" in merged
+        if model is not None and "model" not in merged:
+            merged["model"] = model
+            lines[f"stage_args[{index}].engine_args.model"] = sources.get("model", "default")
+        elif "model" not in merged and not custom:
+            default_model()
+        if stage.stage_type == "diffusion" and not custom:
+            merged.update(engine_args)
+            lines.update({f"stage_args[{index}].engine_args.{name}": sources[name] for name in engine_args})
+            taken = True
+        stages.append(replace(stage, engine_args=merged))
+    if engine_args and not taken:
+        name = next(iter(engine_args))
+        known = [spec.name for spec in fields(OmniArgs)]
+        raise ConfigError(
+            f"Omni(): {name}: no stage takes it, there is no diffusion stage{nearest(name, known)}", field=name
+        )
+    return replace(pipeline, stages=tuple(stages), sources=lines)
+
+
+def _packaged_stages(model: str, revision: str | None) -> Path | None:
+    """The stage configuration that comes with the package for ``model``; None for a single diffusion model.
+
+    Raises:
+        ConfigError: no such checkpoint, or one that is neither.
+    """
+    from vllm_omni.diffusion.utils.checkpoint import model_folder, read_config
+
+    folder = model_folder(model, revision)
+    if (folder / "model_index.json").exists():
+        return None
+    if (folder / "config.json").exists():
+        kind = str(read_config(folder, "config.json").get("model_type"))
+        path = STAGE_CONFIGS / f"{kind}.yaml"
+        if path.exists():
+            return path
+        known = sorted(entry.stem for entry in STAGE_CONFIGS.glob("*.yaml"))
+        raise ConfigError(
+            f"model={model!r}: no stage configuration for model_type {kind!r}; there are "
+            f"{', '.join(known) or 'none'}; give stage_configs_path",
+            field="model",
+        )
+    raise ConfigError(f"model={model!r}: neither model_index.json nor config.json in {folder}", field="model")
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"default_sampling_params: not JSON: {error}", field="default_sampling_params") from error
+
+
+def _with_default_params(pipeline: PipelineConfig, args: OmniArgs, sources: Mapping[str, str]) -> PipelineConfig:
+    known = {str(stage.stage_id): index for index, stage in enumerate(pipeline.stages)}
+    stages, lines = list(pipeline.stages), dict(pipeline.sources)
+    for key, values in args.default_sampling_params.items():
+        if key not in known:
+            raise ConfigError(
+                f"default_sampling_params: no stage {key!r}; there are {', '.join(known)}",
+                field="default_sampling_params",
+            )
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"default_sampling_params: stage {key}: expected names and values, got {values!r}",
+                field="default_sampling_params",
+            )
+        index = known[key]
+        merged = {**stages[index].default_sampling_params, **values}
+        stages[index] = replace(stages[index], default_sampling_params=merged)
+        source = sources.get("default_sampling_params", "default")
+        lines.update({f"stage_args[{index}].default_sampling_params.{name}": source for name in values})
+    return replace(pipeline, stages=tuple(stages), sources=lines)
+
+
+def _check_engine(stage: StageConfig) -> None:
+    """Find out before a process is started that the engine's arguments are wrong."""
+    if engine_class(stage) == DIFFUSION_ENGINE:
+        from vllm_omni.diffusion.data import OmniDiffusionConfig
+
+        OmniDiffusionConfig.from_kwargs(**stage_engine_args(stage))
+
+
+def stage_engine_args(stage: StageConfig) -> dict[str, Any]:
+    """What the stage's engine is built with: ``engine_args``, and ``runtime`` as far as it concerns the engine.
+
+    Raises:
+        ConfigError: the same thing is said twice, differently.
+    """
+    out = {name: value for name, value in stage.engine_args.items() if name != "engine_cls"}
+    for name, value in (("devices", stage.runtime.devices), ("max_num_seqs", stage.runtime.max_batch_size)):
+        if value is None:
+            continue
+        if out.get(name, value) != value:
+            raise ConfigError(
+                f"stage {stage.stage_id}: engine_args.{name}={out[name]!r} but runtime says {value!r}", field=name
+            )
+        out[name] = value
+    return out
+
+
+def device_table(pipeline: PipelineConfig) -> list[tuple[int, str, str]]:
+    """(stage, logical devices, what they are in CUDA_VISIBLE_DEVICES) of every stage that names devices.
+
+    Raises:
+        ConfigError: a device that is no index, or beyond CUDA_VISIBLE_DEVICES.
+    """
+    visible = envs.CUDA_VISIBLE_DEVICES()
+    rows = []
+    for stage in pipeline.stages:
+        if stage.runtime.devices is None:
+            continue
+        names = [name.strip() for name in stage.runtime.devices.split(",")]
+        physical = [_physical(name, visible, stage.stage_id) for name in names]
+        rows.append((stage.stage_id, ",".join(names), ",".join(physical)))
+    return rows
+
+
+def _physical(name: str, visible: list[str] | None, stage_id: int) -> str:
+    if not name.isdigit():
+        raise ConfigError(
+            f"stage {stage_id}: devices: {name!r} is no index; give indices such as 0,1, relative to "
+            "CUDA_VISIBLE_DEVICES",
+            field="devices",
+        )
+    if visible is None:
+        return name
+    if int(name) >= len(visible):
+        raise ConfigError(
+            f"stage {stage_id}: devices: {name} is beyond CUDA_VISIBLE_DEVICES={','.join(visible) or '(none)'}, which "
+            f"lists {len(visible)} device(s)",
+            field="devices",
+        )
+    return visible[int(name)]
+
+
+def _diffusion_defaults(stage: StageConfig, path: str) -> Iterator[Row]:
+    from vllm_omni.diffusion.data import OmniDiffusionConfig
+
+    config = OmniDiffusionConfig.from_kwargs(**stage_engine_args(stage))
+    for spec in fields(OmniDiffusionConfig):
+        if spec.name not in stage.engine_args and spec.name != "parallel_config":
+            yield f"{path}.{spec.name}", getattr(config, spec.name), "default"
+    for name, value in vars(config.parallel_config).items():
+        if name not in stage.engine_args and name not in (stage.engine_args.get("parallel_config") or {}):
+            yield f"{path}.parallel_config.{name}", value, "default"

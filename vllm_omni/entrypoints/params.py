@@ -1,0 +1,118 @@
+"""Sampling parameters of a request: one set per stage, from defaults, from what the caller gave, from loose
+arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from vllm_omni.config.schema import nearest
+from vllm_omni.config.stage import PipelineConfig, StageConfig
+from vllm_omni.errors import ConfigError, RequestError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniSamplingParams
+
+
+def default_params(pipeline: PipelineConfig) -> dict[int, OmniSamplingParams]:
+    """Each stage's own parameters.
+
+    Raises:
+        ConfigError: ``default_sampling_params`` of a stage are wrong.
+    """
+    return {stage.stage_id: _default(stage) for stage in pipeline.stages}
+
+
+def _default(stage: StageConfig) -> OmniSamplingParams:
+    values = dict(stage.default_sampling_params)
+    try:
+        if stage.stage_type == "diffusion":
+            params = OmniDiffusionSamplingParams.from_kwargs(values)
+            params.validate()
+            return params
+        from vllm import SamplingParams
+
+        return SamplingParams(**values)
+    except (RequestError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"stage {stage.stage_id}: default_sampling_params: {error}", field="default_sampling_params"
+        ) from error
+
+
+def params_for(
+    defaults: Mapping[int, OmniSamplingParams],
+    given: OmniSamplingParams | Sequence[OmniSamplingParams] | None,
+    loose: Mapping[str, Any] | None = None,
+) -> dict[int, OmniSamplingParams]:
+    """Parameters of every stage for one request.
+
+    Args:
+        defaults: each stage's own.
+        given: one object replaces the defaults of every stage that has the same class; a list has one per stage.
+        loose: fields of ``OmniDiffusionSamplingParams`` that are set over that in every diffusion stage.
+
+    Raises:
+        RequestError: a list of the wrong length, a wrong class, an unknown or bad field.
+    """
+    out = dict(defaults)
+    if isinstance(given, (list, tuple)):
+        if len(given) != len(defaults):
+            raise RequestError(
+                f"Expected {len(defaults)} sampling params, got {len(given)}", field="sampling_params_list"
+            )
+        for (stage_id, default), params in zip(defaults.items(), given, strict=True):
+            if type(params) is not type(default):
+                raise RequestError(
+                    f"sampling params of stage {stage_id} are {type(params).__name__}; expected "
+                    f"{type(default).__name__}",
+                    field="sampling_params_list",
+                )
+            out[stage_id] = params
+    elif given is not None:
+        same = [stage_id for stage_id, default in defaults.items() if type(default) is type(given)]
+        if not same:
+            allowed = sorted({type(default).__name__ for default in defaults.values()})
+            raise RequestError(
+                f"sampling params are {type(given).__name__}; expected {' or '.join(allowed)}", field="sampling_params"
+            )
+        out.update(dict.fromkeys(same, given))
+    if loose:
+        _fold(out, loose)
+    for params in out.values():
+        if isinstance(params, OmniDiffusionSamplingParams):
+            params.validate()
+    return out
+
+
+def _fold(out: dict[int, OmniSamplingParams], loose: Mapping[str, Any]) -> None:
+    known = {spec.name for spec in fields(OmniDiffusionSamplingParams)}
+    folded = False
+    for stage_id, params in out.items():
+        if isinstance(params, OmniDiffusionSamplingParams):
+            folded = True
+            checked = OmniDiffusionSamplingParams.from_kwargs(loose)
+            copy = params.clone()
+            for name in loose:
+                setattr(copy, name, getattr(checked, name))
+            out[stage_id] = copy
+    if not folded:
+        name = next(iter(loose))
+        raise RequestError(f"{name}: no stage takes it, there is no diffusion stage{nearest(name, known)}", field=name)
+
+
+def with_negative(prompts: Sequence[Any], negative: str | Sequence[str | None] | None) -> Iterator[Any]:
+    """``prompts`` with ``negative`` put into them: one text for all, or one (or None) each."""
+    if negative is None:
+        yield from prompts
+        return
+    each = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    if len(each) != len(prompts):
+        raise RequestError(f"{len(each)} negative_prompts for {len(prompts)} prompts", field="negative_prompts")
+    for prompt, text in zip(prompts, each, strict=True):
+        if text is None:
+            yield prompt
+        elif isinstance(prompt, str):
+            yield {"prompt": prompt, "negative_prompt": text}
+        elif isinstance(prompt, Mapping) and "negative_prompt" not in prompt:
+            yield {**prompt, "negative_prompt": text}
+        else:
+            raise RequestError("negative_prompts beside a negative_prompt in the prompt", field="negative_prompts")

@@ -1,0 +1,197 @@
+"""The orchestrator's view of a stage, and the client of our own stage processes.
+
+A client lives in the orchestrator's event loop. Calls return at once; what the stage does comes back through
+``StageListener``, called from the loop. A client for vLLM's engine (``AsyncMPClient`` and a pump task) fits the same
+two
+classes: ``submit`` is its ``add_request_async``, its outputs become ``on_output``, its ``EngineDeadError`` ``on_dead``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
+from vllm_omni.engine import messages as m
+from vllm_omni.engine.stage_engine import StageInfo
+from vllm_omni.entrypoints.stage_launch import StageHandle, dead_error
+from vllm_omni.errors import DeadlineError, OmniError, StageDeadError
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutput:
+    """One output of a request in one stage. Large leaves of ``data`` are ``LeafRef``s."""
+
+    request_id: str
+    data: dict[str, Any]
+    finished: bool
+    received: float
+    """When the stage's process had the request's first chunk."""
+    started: float
+    """When the engine began the first step that could take it."""
+    sent: float
+    """When the stage sent this output."""
+
+
+class StageListener(Protocol):
+    """Who hears of a stage's events; all calls come from the event loop and must not block."""
+
+    def on_output(self, stage_id: int, output: StageOutput) -> None:
+        """An output, in the order in which the stage made them."""
+
+    def on_progress(self, stage_id: int, request_id: str, step: int, total: int) -> None:
+        """A request got one step further."""
+
+    def on_failure(self, stage_id: int, request_id: str, error: OmniError) -> None:
+        """The stage failed on one request."""
+
+    def on_dead(self, stage_id: int, error: StageDeadError) -> None:
+        """The stage is gone; called once."""
+
+
+class StageClient(ABC):
+    """What the orchestrator needs of a stage."""
+
+    stage_id: int
+    info: StageInfo
+
+    @abstractmethod
+    async def attach(self, listener: StageListener) -> None:
+        """Join the running event loop; events go to ``listener`` from now on."""
+
+    @abstractmethod
+    def submit(self, request_id: str, prompt: Any, params: Any, deadline: float | None, chunk: int, last: bool) -> None:
+        """Send a request or a further chunk of one.
+
+        Raises:
+            RequestError: the prompt or the parameters hold something that cannot travel.
+        """
+
+    @abstractmethod
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Forget requests; unknown ids are ignored."""
+
+    @abstractmethod
+    async def call(self, method: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
+        """Call a method of the engine (``check_health``, ``start_profile``, ``stop_profile``, ``call``)."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Leave the event loop; the stage itself goes on."""
+
+
+class ProcessStageClient(StageClient, asyncio.Protocol):
+    """Client of a stage process of this package, over its socket pair."""
+
+    def __init__(self, handle: StageHandle, codec: Codec) -> None:
+        self.stage_id = handle.spec.stage_id
+        self.info = handle.info
+        self._handle = handle
+        self._codec = codec
+        self._reader = handle.reader
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._call_ids = itertools.count()
+        self._last_words = ""
+        self._listener: StageListener | None = None
+        self._transport: asyncio.Transport | None = None
+        self._dead: StageDeadError | None = None
+
+    async def attach(self, listener: StageListener) -> None:
+        self._listener = listener
+        loop = asyncio.get_running_loop()
+        sock = self._handle.sock.dup()
+        sock.setblocking(False)
+        await loop.create_unix_connection(lambda: self, sock=sock)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for message, payload in self._reader.feed(data):
+            self._handle_message(message, payload)
+
+    def _handle_message(self, message: m.Message, payload: memoryview) -> None:
+        listener = self._listener
+        if listener is None:
+            return
+        if isinstance(message, m.Output):
+            data = self._codec.decode(payload, lazy=True)
+            listener.on_output(
+                self.stage_id,
+                StageOutput(
+                    message.request_id, data, message.finished, message.received, message.started, message.sent
+                ),
+            )
+        elif isinstance(message, m.Progress):
+            listener.on_progress(self.stage_id, message.request_id, message.step, message.total)
+        elif isinstance(message, m.Failure):
+            listener.on_failure(self.stage_id, message.request_id, message.error.build())
+        elif isinstance(message, m.Returned):
+            self._returned(message, payload)
+        elif isinstance(message, m.Failed):
+            self._last_words = f"{message.error.message}\n{message.traceback}"
+
+    def _returned(self, message: m.Returned, payload: memoryview) -> None:
+        future = self._calls.pop(message.call_id, None)
+        if future is None or future.done():
+            return
+        if message.error is not None:
+            future.set_exception(message.error.build())
+        else:
+            future.set_result(self._codec.decode(payload))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return
+        self._dead = dead_error(self._handle, self._last_words)
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(self._dead)
+        self._calls.clear()
+        listener.on_dead(self.stage_id, self._dead)
+
+    def _write(self, message: m.Message, payload: list[m.Buffer] | None = None) -> None:
+        if self._dead is not None:
+            raise self._dead
+        assert self._transport is not None, "the client is not attached"
+        self._transport.write(m.frame(message, payload))
+
+    def submit(self, request_id: str, prompt: Any, params: Any, deadline: float | None, chunk: int, last: bool) -> None:
+        payload = self._codec.encode((prompt, params), holder=self._handle.process.pid)
+        self._write(m.Submit(request_id, deadline, chunk, last, time.monotonic()), payload)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        if self._dead is None and self._transport is not None:
+            self._write(m.Abort(list(request_ids)))
+
+    async def call(self, method: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
+        payload = self._codec.encode((args, kwargs), holder=self._handle.process.pid)
+        call_id = next(self._call_ids)
+        self._write(m.Call(call_id, method), payload)
+        future = self._calls[call_id] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(timeout):
+                return await future
+        except TimeoutError as error:
+            if isinstance(error, OmniError):
+                raise
+            raise DeadlineError(
+                f"stage {self.stage_id} did not answer {method} within {timeout:g} s",
+                phase=method,
+                stage_id=self.stage_id,
+            ) from error
+        finally:
+            self._calls.pop(call_id, None)
+
+    def detach(self) -> None:
+        self._listener = None
+        if self._transport is not None:
+            self._transport.abort()
+            self._transport = None

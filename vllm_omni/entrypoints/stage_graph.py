@@ -1,0 +1,115 @@
+"""The stage graph as the orchestrator uses it: nodes with their edges resolved."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vllm_omni.config.stage import PipelineConfig, StageConfig
+from vllm_omni.errors import ConfigError, RequestError
+from vllm_omni.inputs.edge import EdgeFunction, pass_on
+
+
+@dataclass(frozen=True)
+class StageNode:
+    """One stage: where its input comes from and where its output goes."""
+
+    stage_id: int
+    sources: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
+    final_output: bool = False
+    final_output_type: str = "text"
+    process_input: EdgeFunction = pass_on
+    windows: dict[int, int] = field(default_factory=dict)
+    """By source: how many of its outputs are handed over together; -1 means all at its end."""
+    max_inflight: int | None = None
+    """Requests that may be in the stage at once; more wait in the driver."""
+
+
+class StageGraph:
+    """A checked DAG of stages. Immutable."""
+
+    def __init__(self, nodes: Sequence[StageNode]) -> None:
+        self.nodes = tuple(nodes)
+        self.roots = tuple(node for node in nodes if not node.sources)
+        self._by_id = {node.stage_id: node for node in nodes}
+        self._needed = functools.cache(self._compute_needed)
+
+    @classmethod
+    def from_config(cls, config: PipelineConfig) -> StageGraph:
+        """Resolve functions and edges.
+
+        Raises:
+            ConfigError: a function cannot be imported.
+        """
+        targets: dict[int, list[int]] = {stage.stage_id: [] for stage in config.stages}
+        for stage in config.stages:
+            for source in stage.engine_input_source:
+                targets[source].append(stage.stage_id)
+        return cls([_node(config, stage, tuple(targets[stage.stage_id])) for stage in config.stages])
+
+    def node(self, stage_id: int) -> StageNode:
+        """The node of a stage."""
+        return self._by_id[stage_id]
+
+    def needed(self, modalities: Sequence[str] | None) -> frozenset[int]:
+        """The stages that have to run for these kinds of output: the final ones that make them, and all before those.
+
+        Raises:
+            RequestError: no stage makes one of them.
+        """
+        return self._needed(None if modalities is None else tuple(modalities))
+
+    def wanted(self, node: StageNode, modalities: Sequence[str] | None) -> bool:
+        """Whether the caller wants this final stage's output."""
+        return modalities is None or node.final_output_type in modalities
+
+    def _compute_needed(self, modalities: tuple[str, ...] | None) -> frozenset[int]:
+        finals = [node for node in self.nodes if node.final_output]
+        known = sorted({node.final_output_type for node in finals})
+        for modality in modalities or ():
+            if modality not in known:
+                raise RequestError(
+                    f"output_modalities: no stage makes {modality!r}; the model makes {', '.join(known)}",
+                    field="output_modalities",
+                    value=modality,
+                    allowed=known,
+                )
+        if modalities is not None and not modalities:
+            raise RequestError(f"output_modalities is empty; allowed are {', '.join(known)}", field="output_modalities")
+        todo = [node.stage_id for node in finals if self.wanted(node, modalities)]
+        needed: set[int] = set()
+        while todo:
+            stage_id = todo.pop()
+            if stage_id not in needed:
+                needed.add(stage_id)
+                todo.extend(self._by_id[stage_id].sources)
+        return frozenset(needed)
+
+
+def _node(config: PipelineConfig, stage: StageConfig, targets: tuple[int, ...]) -> StageNode:
+    return StageNode(
+        stage_id=stage.stage_id,
+        sources=stage.engine_input_source,
+        targets=targets,
+        final_output=stage.final_output,
+        final_output_type=stage.final_output_type,
+        process_input=_function(stage.custom_process_input_func) if stage.custom_process_input_func else pass_on,
+        windows={source: config.window(source, stage.stage_id) for source in stage.engine_input_source},
+        max_inflight=config.runtime.defaults.max_inflight,
+    )
+
+
+def _function(name: str) -> EdgeFunction:
+    module, _, attribute = name.rpartition(".")
+    try:
+        function: EdgeFunction = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"custom_process_input_func: cannot load {name!r}: {error}", field="custom_process_input_func"
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"custom_process_input_func: {name!r} is no function", field="custom_process_input_func")
+    return function

@@ -1,0 +1,56 @@
+"""What a function on an edge of the stage graph gets.
+
+An edge function turns outputs of the source stages into the next chunk of input of the receiving stage. It is named in
+the stage configuration (``custom_process_input_func: "module.function"``), is called by the driver, and has to be quick
+and free of side effects::
+
+    def thinker2talker(edge: EdgeInput) -> dict | None:
+        ids = [token for chunk in edge.outputs[0] for token in chunk["token_ids"]]
+        return {"prompt_token_ids": ids} if ids or edge.last else None
+
+An edge is an ordered stream of chunks; "not streaming" means that the function is called once, with everything. Large
+tensors, arrays and images are ``LeafRef``s: they can be put into the result as they are, and travel from stage to stage
+without passing through the driver. ``edge_ref.load()`` gives the value where a function must look at one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeInput:
+    """Outputs of the sources that came since the last call for the same request."""
+
+    request_id: str
+    """Key of the request; unique while it is open."""
+    outputs: Mapping[int, Sequence[Mapping[str, Any]]]
+    """By source stage: its outputs in order. A merge is called when every source has enough, or has finished."""
+    prompt: Any
+    """The request's prompt, as the user gave it."""
+    sampling_params: Any
+    """Sampling parameters of the receiving stage."""
+    chunk: int = 0
+    """Number of the call for this request, from 0."""
+    last: bool = True
+    """Whether every source has finished: there will be no further call."""
+    carry: dict[str, Any] = field(default_factory=dict)
+    """Memory of this edge for this request, from call to call; empty at first, dropped with the request."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the edge: ``extra`` of the connector that feeds the receiving stage (chunk sizes of a stream)."""
+    config: Any = None
+    """The checkpoint's configuration as transformers reads it, where the stages are parts of one checkpoint."""
+
+
+EdgeFunction = Callable[[EdgeInput], Any]
+"""Returns the prompt of the receiving stage's next chunk, or None to send nothing this time. None from the last call
+of a request that had chunks before closes the stream; None from the only call means that the stage is not needed."""
+
+
+def pass_on(edge: EdgeInput) -> Any:
+    """The edge where no function is named: the source's output is the prompt; several outputs in one call are a
+    list."""
+    (outputs,) = edge.outputs.values()
+    return outputs[0] if len(outputs) == 1 else list(outputs) or None
