@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_omni.errors import RequestError
 from vllm_omni.model_executor.models.qwen2_5_omni.dit import BlockLayout, CodecDiT
 
 _GUIDED_ABOVE = 1e-5
@@ -25,6 +26,20 @@ class FlowSettings:
     """Strength of classifier-free guidance; below 1e-5 the unconditional half is not computed."""
     sway_coefficient: float | None = -1.0
     """Warp of the time points towards the noisy end; ``None`` spaces them evenly."""
+
+    def validate(self) -> None:
+        """Check values that came with a request.
+
+        Raises:
+            RequestError: names the field and what is allowed.
+        """
+        sway = self.sway_coefficient
+        if not isinstance(self.num_steps, int) or not 2 <= self.num_steps <= 1000:
+            raise RequestError(f"num_steps={self.num_steps!r}", field="num_steps", allowed="2 to 1000")
+        if not isinstance(self.guidance_scale, int | float) or not 0 <= self.guidance_scale <= 100:
+            raise RequestError(f"guidance_scale={self.guidance_scale!r}", field="guidance_scale", allowed="0 to 100")
+        if sway is not None and (not isinstance(sway, int | float) or not -1 <= sway <= 1):
+            raise RequestError(f"sway_coefficient={sway!r}", field="sway_coefficient", allowed="-1 to 1, or null")
 
     def times(self) -> torch.Tensor:
         """The time points, [num_steps] from 0 to 1."""

@@ -1,0 +1,186 @@
+"""Token2wav stage of Qwen2.5-Omni: codec tokens and a voice -> 24 kHz waveform. Always float32.
+
+A request is a window of an utterance: its codes, how many codes lie before the window, and which of them to return the
+sound of. The whole utterance is the window that starts at 0 and keeps everything. Windows are independent requests, so
+a stream keeps no state here and chunks of many streams share a batch.
+
+**What depends on what.** The initial noise is drawn by the frame's place in the utterance, so overlapping windows see
+the same noise. One evaluation of the flow sees ``look_backward`` + own + ``look_ahead`` blocks of 12 codes, and the
+vocoder about 18 codes to both sides; 36 evaluations in a row let the sight grow by a block each, with quickly falling
+weight. A window gives the samples of the whole utterance when it covers it, and samples close to them when it has some
+codes of context on both sides (``stage_input_processors.codec_chunks``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from vllm_omni.errors import ConfigError, RequestError
+from vllm_omni.model_executor.models.interfaces import OmniRequestState
+from vllm_omni.model_executor.models.qwen2_5_omni.bigvgan import BigVGAN
+from vllm_omni.model_executor.models.qwen2_5_omni.dit import CodecDiT
+from vllm_omni.model_executor.models.qwen2_5_omni.flow import FlowInput, FlowSettings, MelSampler
+from vllm_omni.model_executor.models.qwen2_5_omni.voices import Voice, load_voices
+
+SAMPLE_RATE = 24000
+_PREFIX = "token2wav."
+_FLOW_FRAMES = 32768
+"""Mel frames in one batch of the flow, to bound its memory; one request may have more."""
+_VOCODER_FRAMES = 8192
+
+
+@dataclass
+class _Window:
+    """One checked request."""
+
+    codes: torch.Tensor
+    voice: Voice
+    offset: int
+    keep: tuple[int, int]
+    seed: int
+    flow: FlowSettings
+
+
+class Qwen2_5OmniToken2WavModel(nn.Module):
+    """The generation stage. Payload of a request:
+
+    - ``codes``: [T] int64, codes of the window.
+    - ``speaker``: name of the voice, default ``Chelsie``.
+    - ``offset``: codes of the utterance before the window, default 0.
+    - ``keep``: (begin, end) codes within the window whose sound is returned, default all.
+    - ``seed``: of the initial noise, default 0: the same codes always give the same sound.
+    - ``num_steps``, ``guidance_scale``, ``sway_coefficient``: see ``FlowSettings``.
+
+    Output: ``audio`` [samples] float32 in [-1, 1] and ``sr``.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        model = vllm_config.model_config
+        self.config = model.hf_config
+        with set_default_torch_dtype(torch.float32):
+            self.code2wav_dit_model = CodecDiT(self.config.dit_config)
+            self.code2wav_bigvgan_model = BigVGAN(self.config.bigvgan_config)
+        self.repeats = int(self.config.dit_config.repeats)
+        self.samples_per_code = self.repeats * self.code2wav_bigvgan_model.hop
+        self.voices = load_voices(model.model, model.revision, vllm_config.load_config.download_dir)
+        self._check_voices()
+        self._sampler = MelSampler(self.code2wav_dit_model)
+        self._voice_rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def _check_voices(self) -> None:
+        dit = self.config.dit_config
+        for voice in self.voices.values():
+            if voice.speaker.shape != (dit.enc_emb_dim,) or voice.ref_mel.shape[1] != dit.mel_dim:
+                raise ConfigError(
+                    f"voice {voice.name!r}: cond {tuple(voice.speaker.shape)} and ref_mel {tuple(voice.ref_mel.shape)}"
+                    f" do not fit the model ({dit.enc_emb_dim}, [frames, {dit.mel_dim}])",
+                    field="model",
+                )
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Take the ``token2wav.`` tensors of the checkpoint.
+
+        Raises:
+            ValueError: a tensor has no parameter or another shape.
+        """
+        params = dict(self.named_parameters())
+        loaded: set[str] = set()
+        for full, tensor in weights:
+            if not full.startswith(_PREFIX):
+                continue
+            name = full.removeprefix(_PREFIX)
+            if name not in params or params[name].shape != tensor.shape:
+                raise ValueError(f"checkpoint tensor {full!r} {tuple(tensor.shape)} has no such parameter here")
+            params[name].data.copy_(tensor)
+            loaded.add(name)
+        self._sampler = MelSampler(self.code2wav_dit_model)
+        self._voice_rows = {}
+        return loaded
+
+    def omni_generate(self, states: Sequence[OmniRequestState]) -> list[dict[str, Any]]:
+        """Sound of every window. Requests share batches; none changes another's result beyond rounding."""
+        windows = [self._window(state) for state in states]
+        mels: list[torch.Tensor] = [torch.empty(0)] * len(windows)
+        for settings in dict.fromkeys(window.flow for window in windows):
+            chosen = [i for i, w in enumerate(windows) if w.flow == settings and len(w.codes)]
+            for part in _split(chosen, [len(windows[i].codes) * self.repeats for i in chosen], _FLOW_FRAMES):
+                batch = [self._flow_input(windows[i]) for i in part]
+                for i, mel in zip(part, self._sampler.sample(batch, settings), strict=True):
+                    mels[i] = mel
+        waves = self._vocode(mels)
+        outputs = []
+        for window, wave in zip(windows, waves, strict=True):
+            begin, end = (self.samples_per_code * code for code in window.keep)
+            outputs.append({"audio": wave[begin:end], "sr": SAMPLE_RATE})
+        return outputs
+
+    def omni_warm_up(self, max_num_seqs: int) -> None:
+        """Compute what each voice and the default time points add, and run one short window."""
+        for name in self.voices:
+            state = OmniRequestState("warm-up", 1, info={"codes": torch.zeros(24, dtype=torch.int64), "speaker": name})
+            self.omni_generate([state])
+
+    def _window(self, state: OmniRequestState) -> _Window:
+        codes = state.tensor("codes", (None,)).long()
+        low, high = torch.stack(codes.aminmax()).tolist() if len(codes) else (0, 0)
+        limit = self.code2wav_dit_model.num_codes
+        if low < 0 or high >= limit:
+            raise RequestError(f"codes reach from {low} to {high}", field="codes", allowed=f"0 to {limit - 1}")
+        offset, keep = state.info.get("offset", 0), tuple(state.info.get("keep", (0, len(codes))))
+        if offset < 0 or not 0 <= keep[0] <= keep[1] <= len(codes):
+            raise RequestError(f"offset={offset}, keep={keep} for {len(codes)} codes", field="keep")
+        limit = self.config.dit_config.max_position_embeddings
+        if len(codes) * self.repeats > limit:
+            raise RequestError(f"{len(codes)} codes are too many", field="codes", allowed=f"{limit // self.repeats}")
+        flow = FlowSettings(**{f.name: state.info[f.name] for f in fields(FlowSettings) if f.name in state.info})
+        flow.validate()
+        voice = self.voices.pick(state.info.get("speaker"))
+        return _Window(codes, voice, offset, keep, int(state.info.get("seed", 0)), flow)
+
+    def _flow_input(self, window: _Window) -> FlowInput:
+        dit = self.code2wav_dit_model
+        device = dit.proj_out.weight.device
+        if window.voice.name not in self._voice_rows:
+            voice = window.voice
+            self._voice_rows[voice.name] = dit.voice_vectors(voice.ref_mel.to(device), voice.speaker.to(device))
+        voiced, plain = self._voice_rows[window.voice.name]
+        codes = window.codes.to(device)
+        # On the CPU, and from the utterance's first frame, so that neither device nor window changes the noise.
+        generator = torch.Generator().manual_seed(window.seed)
+        start, count = window.offset * self.repeats, len(codes) * self.repeats
+        noise = torch.randn(start + count, dit.config.mel_dim, generator=generator)[start:]
+        return FlowInput(
+            voiced + dit.code_rows(codes), plain + dit.code_rows(torch.zeros_like(codes)), noise.to(device)
+        )
+
+    def _vocode(self, mels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Waveform of each mel spectrogram [F, mel_dim]; those of equal length run together."""
+        waves: list[torch.Tensor] = [torch.empty(0)] * len(mels)
+        for length in sorted({len(mel) for mel in mels} - {0}):
+            same = [i for i, mel in enumerate(mels) if len(mel) == length]
+            for part in _split(same, [length] * len(same), _VOCODER_FRAMES):
+                batch = torch.stack([mels[i].T for i in part])
+                for i, wave in zip(part, self.code2wav_bigvgan_model(batch), strict=True):
+                    waves[i] = wave
+        return waves
+
+
+def _split(items: Sequence[int], sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """``items`` in runs whose sizes sum to ``limit`` at most, but one item at least."""
+    runs: list[list[int]] = []
+    total = 0
+    for item, size in zip(items, sizes, strict=True):
+        if not runs or total + size > limit:
+            runs.append([])
+            total = 0
+        runs[-1].append(item)
+        total += size
+    return runs
