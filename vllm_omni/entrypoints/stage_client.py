@@ -11,78 +11,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine import messages as m
-from vllm_omni.engine.stage_engine import StageInfo
+from vllm_omni.engine.stage_seam import StageClient, StageListener, StageOutput
 from vllm_omni.entrypoints.stage_launch import StageHandle, dead_error
 from vllm_omni.errors import DeadlineError, OmniError, StageDeadError
 
-
-@dataclass(frozen=True, slots=True)
-class StageOutput:
-    """One output of a request in one stage. Large leaves of ``data`` are ``LeafRef``s."""
-
-    request_id: str
-    data: dict[str, Any]
-    finished: bool
-    received: float
-    """When the stage's process had the request's first chunk."""
-    started: float
-    """When the engine began the first step that could take it."""
-    sent: float
-    """When the stage sent this output."""
-
-
-class StageListener(Protocol):
-    """Who hears of a stage's events; all calls come from the event loop and must not block."""
-
-    def on_output(self, stage_id: int, output: StageOutput) -> None:
-        """An output, in the order in which the stage made them."""
-
-    def on_progress(self, stage_id: int, request_id: str, step: int, total: int) -> None:
-        """A request got one step further."""
-
-    def on_failure(self, stage_id: int, request_id: str, error: OmniError) -> None:
-        """The stage failed on one request."""
-
-    def on_dead(self, stage_id: int, error: StageDeadError) -> None:
-        """The stage is gone; called once."""
-
-
-class StageClient(ABC):
-    """What the orchestrator needs of a stage."""
-
-    stage_id: int
-    info: StageInfo
-
-    @abstractmethod
-    async def attach(self, listener: StageListener) -> None:
-        """Join the running event loop; events go to ``listener`` from now on."""
-
-    @abstractmethod
-    def submit(self, request_id: str, prompt: Any, params: Any, deadline: float | None, chunk: int, last: bool) -> None:
-        """Send a request or a further chunk of one.
-
-        Raises:
-            RequestError: the prompt or the parameters hold something that cannot travel.
-        """
-
-    @abstractmethod
-    def abort(self, request_ids: Sequence[str]) -> None:
-        """Forget requests; unknown ids are ignored."""
-
-    @abstractmethod
-    async def call(self, method: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
-        """Call a method of the engine (``check_health``, ``start_profile``, ``stop_profile``, ``call``)."""
-
-    @abstractmethod
-    def detach(self) -> None:
-        """Leave the event loop; the stage itself goes on."""
+__all__ = ["ProcessStageClient", "StageClient", "StageListener", "StageOutput"]
 
 
 class ProcessStageClient(StageClient, asyncio.Protocol):
