@@ -46,6 +46,7 @@ class Result:
     finish_reason: str | None = None
     stop_reason: Any = None
     payloads: list[dict[str, Any]] = field(default_factory=list)
+    cached: int = 0
     error: OmniError | None = None
     finished: bool = False
 
@@ -142,6 +143,7 @@ class Stage:
                 result, completion = self.results[request_output.request_id], request_output.outputs[0]
                 result.tokens, result.text = list(completion.token_ids), completion.text
                 result.logprobs, result.stop_reason = completion.logprobs, completion.stop_reason
+                result.cached = request_output.num_cached_tokens or 0
                 result.finish_reason, result.finished = completion.finish_reason, request_output.finished
         for payload in taken:
             if payload.error is not None:
