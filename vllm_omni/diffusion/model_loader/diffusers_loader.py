@@ -17,6 +17,7 @@ from vllm_omni.diffusion.forward_context import set_forward_context
 from vllm_omni.diffusion.model_loader.dummy import init_dummy_weights
 from vllm_omni.diffusion.model_loader.utils import iterate_weights, weight_files
 from vllm_omni.diffusion.models.common import weights as common_weights
+from vllm_omni.diffusion.models.common.pipeline import DiTPipeline
 from vllm_omni.errors import ConfigError
 from vllm_omni.logger import init_logger
 
@@ -131,7 +132,12 @@ def resolve_class(qualified_name: str) -> type[nn.Module]:
 
 
 def _answers_for_itself(pipeline: nn.Module, name: str) -> bool:
-    """Whether a module on the way to tensor ``name`` has its own ``load_weights`` and may have renamed it."""
+    """Whether a module on the way to tensor ``name`` has its own ``load_weights`` and may have renamed it.
+
+    Our own pipelines and transformers check each tensor themselves.
+    """
+    if isinstance(pipeline, DiTPipeline):
+        return True
     module: Any = pipeline
     for part in name.split(".")[:-1]:
         module = module._modules.get(part)
