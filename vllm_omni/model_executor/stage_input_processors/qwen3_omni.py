@@ -28,7 +28,7 @@ def thinker2talker(edge: EdgeInput) -> dict[str, Any] | None:
     """The talker's prompt with the first call, then the text that its next steps speak.
 
     The talker hears the user's turns, the header of the answer and the answer's tokens but the last one, which only
-    ended it. An answer that the prompt begins is spoken from its beginning. With nothing to speak the talker is not run.
+    ended it. An answer that the prompt begins is spoken from its beginning. With nothing to speak there is no talker.
 
     Raises:
         RequestError: an unknown speaker, or a prompt without the header of the answer.

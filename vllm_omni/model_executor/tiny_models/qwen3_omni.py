@@ -63,7 +63,7 @@ def make_tiny_qwen3_omni(folder: str | Path, seed: int = 0) -> Path:
 def _draw(model: nn.Module) -> None:
     """Random values at a scale that keeps activations near one: a plain initialisation makes all outputs equal."""
     scales = {
-        "q_norm.weight": 2.0,
+        "q_norm.weight": 3.0,
         "layer_scale.scale": 0.5,
         "gamma": 0.5,
         "layernorm.weight": 1.0,
