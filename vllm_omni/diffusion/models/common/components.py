@@ -95,11 +95,13 @@ def load_tokenizer(folder: Path, name: str, od_config: OmniDiffusionConfig) -> A
     """
     entry = read_config(folder, "model_index.json").get(name)
     class_name = entry[1] if isinstance(entry, list) and len(entry) == 2 else "AutoTokenizer"
-    if class_name not in dir(transformers):
-        raise ConfigError(f"model_index.json: tokenizer class {class_name!r} is not in transformers", field="model")
     try:
-        return getattr(transformers, class_name).from_pretrained(
-            folder / name, trust_remote_code=od_config.trust_remote_code, local_files_only=True
-        )
+        cls = getattr(transformers, class_name)  # lazy: dir() does not list every class before its first use
+    except AttributeError as error:
+        raise ConfigError(
+            f"model_index.json: tokenizer class {class_name!r} is not in transformers", field="model"
+        ) from error
+    try:
+        return cls.from_pretrained(folder / name, trust_remote_code=od_config.trust_remote_code, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder / name}: cannot load the tokenizer: {error}", field="model") from error
