@@ -1,7 +1,8 @@
 """Logging for the package.
 
 Every module calls ``init_logger(__name__)``. Output goes to stderr, one line a record, with the process name, so that
-lines of several stage processes can be told apart. The level comes from ``VLLM_LOGGING_LEVEL``, as in vLLM.
+lines of several stage processes can be told apart. The level comes from ``VLLM_LOGGING_LEVEL``, as in vLLM. Records of
+vLLM's modules go the same way, until vLLM configures its own logging (in the processes of its engines).
 """
 
 import logging
@@ -11,17 +12,18 @@ from vllm_omni import envs
 
 _FORMAT = "%(levelname)s %(asctime)s [%(processName)s] %(name)s: %(message)s"
 _ROOT = "vllm_omni"
+_VLLM = "vllm"
 
 
 def _configure_root() -> None:
-    root = logging.getLogger(_ROOT)
-    if root.handlers:
-        return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
-    root.addHandler(handler)
-    root.setLevel(envs.VLLM_LOGGING_LEVEL())
-    root.propagate = False
+    for name in (_ROOT, _VLLM):
+        root = logging.getLogger(name)
+        if not root.handlers:
+            root.addHandler(handler)
+            root.setLevel(envs.VLLM_LOGGING_LEVEL())
+            root.propagate = False
 
 
 def init_logger(name: str) -> logging.Logger:
