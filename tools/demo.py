@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draw one picture and show it in the terminal, with the time each part took. Run by ``make demo``.
 
-The checkpoint is a tiny one with random weights, written on the spot, so the picture is coloured noise. What it shows is
-that everything works: the stage's process, text encoders, denoising steps, VAE, and the way back.
+The checkpoint is a tiny one with random weights, written on the spot, so the picture is coloured noise. What it shows
+is that everything works: the stage's process, text encoders, denoising steps, VAE, and the way back.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Run Qwen-Image with the pipeline of ``custom_pipeline.py`` and print how the latents moved.
 
-vllm-omni tiny-model qwen_image tiny-qwen    # or the folder of Qwen/Qwen-Image
+vllm-omni tiny-model qwen-image tiny-qwen    # or the folder of Qwen/Qwen-Image
 python trajectory.py --model tiny-qwen --height 64 --width 64 --steps 5
 """
 

@@ -86,7 +86,7 @@ def generate(
     Files are named after the prompt and go to outputs/; each PNG holds everything that made it. Ctrl-C keeps what is
     finished. The status is 0 when every prompt gave its picture, 1 when one failed, 2 for wrong arguments.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # the bars say what the log would
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the bars say what the log would
     sampling, arguments = SAMPLING.given(flags), omni_arguments(flags)
     if sum(source is not None for source in (prompt, prompts_file, from_png)) != 1:
         raise RequestError("give a prompt, --prompts-file or --from-png, and only one of them", field="prompt")
@@ -169,16 +169,13 @@ class _Drawing:
 
         with self._progress.loading("starting"):
             omni = AsyncOmni(**self._arguments)
-        try:
-            return asyncio.run(self._draw_all(omni, jobs))
-        finally:
-            omni.shutdown()
+        return asyncio.run(self._draw_all(omni, jobs))
 
     async def _draw_all(self, omni: AsyncOmni, jobs: list[Job]) -> int:
         places = asyncio.Semaphore(MAX_OPEN)
         try:
             with self._progress.drawing():
-                async with asyncio.TaskGroup() as group:
+                async with omni, asyncio.TaskGroup() as group:
                     tasks = [group.create_task(self._draw(omni, job, places)) for job in jobs]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None  # a stage is dead, and every request says so

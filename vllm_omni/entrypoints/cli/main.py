@@ -50,7 +50,13 @@ def _options(
 
 def build_app(wanted: str | None) -> typer.Typer:
     """The application with the command ``wanted`` loaded; the other commands only stand in the list of ``--help``."""
-    app = typer.Typer(name="vllm-omni", no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+    app = typer.Typer(
+        name="vllm-omni",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+    )
     app.callback()(_options)
     for name, (module, line) in COMMANDS.items():
         if name == wanted:
@@ -86,6 +92,8 @@ def run(arguments: Sequence[str]) -> int:
         return FAILURE_STATUS
     except Exception as error:  # the process's main: whatever went wrong leaves as one line
         if show_traceback:
+            if isinstance(error, OmniError) and "traceback" in error.details:
+                print(error.details["traceback"], file=sys.stderr)  # of the stage's process
             raise
         print(_message(error), file=sys.stderr)
         return USAGE_STATUS if isinstance(error, BAD_INPUT) else FAILURE_STATUS

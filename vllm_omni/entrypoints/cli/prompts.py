@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from vllm_omni.config.schema import nearest
 from vllm_omni.entrypoints.cli.groups import SAMPLING
 from vllm_omni.errors import RequestError
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniTextPrompt
 
 OWN_KEYS = ("prompt", "negative_prompt", "output")
 
@@ -54,11 +54,11 @@ class PromptRow:
         params.validate()
         return params
 
-    def as_prompt(self) -> str | dict[str, Any]:
+    def as_prompt(self) -> str | OmniTextPrompt:
         """The prompt as ``Omni.generate`` takes it."""
         if self.negative_prompt is None:
             return self.prompt
-        return {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
+        return OmniTextPrompt(prompt=self.prompt, negative_prompt=self.negative_prompt)
 
 
 @dataclass(frozen=True)

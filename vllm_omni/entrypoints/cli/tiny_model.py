@@ -5,13 +5,12 @@ from typing import Annotated
 
 import typer
 
-from vllm_omni.config.schema import nearest
 from vllm_omni.entrypoints.cli.flags import unwrapped
 from vllm_omni.errors import RequestError
 
 
 def tiny_model(
-    family: Annotated[str, typer.Argument(help="Model family; an unknown one lists those there are.")],
+    family: Annotated[str, typer.Argument(help="Model family, such as flux or qwen-image; an unknown one lists all.")],
     folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes; must be empty or not exist.")],
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
 ) -> None:
@@ -20,10 +19,15 @@ def tiny_model(
     It has the files, names and shapes of a released checkpoint, and draws noise: it is for tests, for trying the
     commands, and for people who add a model.
     """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     from vllm_omni.diffusion.tiny_models import FAMILIES, make_tiny_model
 
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     if family not in FAMILIES:
-        raise RequestError(f"no family {family!r}{nearest(family, sorted(FAMILIES))}", field="family")
+        raise RequestError(f"no family {family!r}; there are {', '.join(FAMILIES)}", field="family")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RequestError(f"{folder} is not an empty folder", field="folder")
     make_tiny_model(family, folder, seed=seed)
