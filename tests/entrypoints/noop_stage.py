@@ -4,7 +4,8 @@ What it does with a request stands in the prompt (a dictionary; text is an echo)
 
 - ``chunks``: number of outputs, one a step; each passes the payload on with a trace of the stages it went through;
 - ``fail``: id of the stage that fails the request; ``die``: of the one whose engine raises; ``hang``: of the one that
-  never answers; ``kill``: of the one that ends its own process by SIGKILL.
+  never answers; ``kill``: of the one that ends its own process by SIGKILL;
+- ``times``: every stage notes when it worked on the chunk; ``pace``: seconds of work per chunk in stage 0.
 """
 
 from __future__ import annotations
@@ -99,6 +100,12 @@ class NoopStage(StageEngine):
             self.queue.append(request)
         if last or self.left[request.request_id] <= 0:
             del self.left[request.request_id]
+        if info.get("odd") == "complex":
+            info["odd"] = 1j
+        if "pace" in info and self.stage_id == 0:
+            time.sleep(info["pace"])
+        if "times" in info:
+            info["times"] = [*(info["times"] if isinstance(info["times"], list) else []), time.monotonic()]
         trace = [*info.get("trace", []), self.stage_id]
         number = done if self.stage_id == 0 else request.chunk
         data = {
@@ -144,6 +151,10 @@ class NoopStage(StageEngine):
             "queue": len(self.queue),
             "batches": list(self.batches),
         }
+
+    def arguments(self) -> dict[str, Any]:
+        """What the engine was built with."""
+        return self.args
 
     def close(self) -> None:
         self.queue = []

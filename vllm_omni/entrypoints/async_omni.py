@@ -6,8 +6,7 @@ import asyncio
 import os
 import uuid
 import weakref
-from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from vllm_omni import envs
@@ -19,10 +18,11 @@ from vllm_omni.entrypoints import omni_args
 from vllm_omni.entrypoints.orchestrator import Orchestrator
 from vllm_omni.entrypoints.params import default_params, params_for
 from vllm_omni.entrypoints.results import build_output
+from vllm_omni.entrypoints.sinks import AsyncSink
 from vllm_omni.entrypoints.stage_client import ProcessStageClient
 from vllm_omni.entrypoints.stage_graph import StageGraph
 from vllm_omni.entrypoints.stage_launch import StageHandle, StageSpec, end, launch_all
-from vllm_omni.errors import OmniError, RequestError, StageDeadError
+from vllm_omni.errors import RequestError, StageDeadError
 from vllm_omni.inputs.data import OmniPromptType, OmniSamplingParams
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
@@ -64,6 +64,7 @@ class AsyncOmni:
         self._clients = {handle.spec.stage_id: ProcessStageClient(handle, codec) for handle in self._handles}
         self._orchestrator = Orchestrator(self._graph, self._clients)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._attaching: asyncio.Task[None] | None = None
 
     # ---------------------------------------------------------------- requests
 
@@ -76,6 +77,7 @@ class AsyncOmni:
         sampling_params: SamplingParamsArg = None,
         output_modalities: Sequence[str] | None = None,
         timeout: float | None = None,
+        on_progress: Callable[[int, int, int], None] | None = None,
     ) -> AsyncGenerator[OmniRequestOutput, None]:
         """Run one request; yields the outputs of the final stages as they come.
 
@@ -89,6 +91,7 @@ class AsyncOmni:
             sampling_params: the same, by another name.
             output_modalities: kinds of output wanted; stages that these do not need are not run. Default: all.
             timeout: seconds for the whole request.
+            on_progress: called with stage id, steps done and steps in all after every step; must not block.
 
         Raises:
             RequestError: the prompt or a parameter is wrong.
@@ -99,7 +102,7 @@ class AsyncOmni:
         name, params = _sort_arguments(request_id, sampling_params_list, sampling_params)
         request = self.make_request(prompt, name, params, output_modalities=output_modalities, timeout=timeout)
         await self.attach()
-        stream = _Stream()
+        stream = AsyncSink(on_progress)
         key = self._orchestrator.open(request, stream)
         try:
             async for stage_id, data, finished, times in stream:
@@ -241,12 +244,12 @@ class AsyncOmni:
         loop = asyncio.get_running_loop()
         if self.is_stopped:
             raise StageDeadError("the engine is shut down")
-        if self._loop is loop:
-            return
-        if self._loop is not None and not self._loop.is_closed():
-            raise RuntimeError("an AsyncOmni belongs to the event loop in which it was first used")
-        self._loop = loop
-        await self._orchestrator.attach()
+        if self._attaching is None or self._loop is not loop:
+            if self._loop is not None and not self._loop.is_closed():
+                raise RuntimeError("an AsyncOmni belongs to the event loop in which it was first used")
+            self._loop, self._attaching = loop, loop.create_task(self._orchestrator.attach())
+        if not self._attaching.done():
+            await asyncio.shield(self._attaching)
 
     def shutdown(self) -> None:
         """End every open request and every stage process; returns when all are gone. Idempotent."""
@@ -263,44 +266,6 @@ class AsyncOmni:
 
     async def __aexit__(self, *exc: object) -> None:
         self.shutdown()
-
-
-class _Stream:
-    """A request's sink whose outputs can be awaited, by one consumer."""
-
-    def __init__(self) -> None:
-        self._items: deque[tuple[int, dict[str, Any], bool, dict[str, Any]]] = deque()
-        self._ended = False
-        self._error: OmniError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def on_output(self, stage_id: int, data: dict[str, Any], finished: bool, metrics: dict[str, Any]) -> None:
-        self._items.append((stage_id, data, finished, metrics))
-        self._wake()
-
-    def on_progress(self, stage_id: int, step: int, total: int) -> None:
-        """Not handed on: the generator yields outputs."""
-
-    def on_end(self, error: OmniError | None) -> None:
-        self._ended, self._error = True, error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def __aiter__(self) -> _Stream:
-        return self
-
-    async def __anext__(self) -> tuple[int, dict[str, Any], bool, dict[str, Any]]:
-        while not self._items:
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        return self._items.popleft()
 
 
 def _sort_arguments(

@@ -14,7 +14,8 @@ from vllm_omni.config.stage import PipelineConfig
 from vllm_omni.entrypoints.async_omni import AsyncOmni, SamplingParamsArg
 from vllm_omni.entrypoints.params import with_negative
 from vllm_omni.entrypoints.progress import Progress
-from vllm_omni.errors import OmniError, RequestError
+from vllm_omni.entrypoints.sinks import EventQueue, QueueSink
+from vllm_omni.errors import OmniError, RequestError, StageDeadError
 from vllm_omni.inputs.data import OmniPromptType, OmniSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.request import OmniRequest
@@ -101,11 +102,13 @@ class Omni:
         self, requests: list[OmniRequest | OmniError], progress: Progress
     ) -> Generator[tuple[int, OmniRequestOutput], None, None]:
         """(index of the prompt, output) as they are made; raises the first error by index when all have ended."""
-        events: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
+        events: EventQueue = queue.SimpleQueue()
         errors = {index: item for index, item in enumerate(requests) if isinstance(item, OmniError)}
         good = {index: item for index, item in enumerate(requests) if isinstance(item, OmniRequest)}
         running = set(good)
-        self._run(self._open(good, events))
+        if self._async.is_stopped:
+            raise StageDeadError("the engine is closed")
+        self._loop.call_soon_threadsafe(self._open, good, events)
         with progress:
             progress.ended(len(errors))
             try:
@@ -121,30 +124,25 @@ class Omni:
                         if value is not None:
                             errors[index] = value
             finally:
-                if running:
-                    self._run(self._abort([good[index].request_id for index in running]))
+                for index in running:
+                    self.abort(good[index].request_id)
         if errors:
             raise errors[min(errors)]
 
-    async def _open(self, requests: Mapping[int, OmniRequest], events: queue.SimpleQueue[tuple[int, str, Any]]) -> None:
-        await self._async.attach()
+    def _open(self, requests: Mapping[int, OmniRequest], events: EventQueue) -> None:
         for index, request in requests.items():
-            sink = _Sink(index, events)
+            sink = QueueSink(index, events)
             try:
                 self._async.orchestrator.open(request, sink)
             except OmniError as error:
                 sink.on_end(error)
 
-    async def _abort(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            self._async.orchestrator.abort(request_id)
-
     def _run(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def abort(self, request_id: str) -> None:
-        """Abort every open request with this id (the ids are in the outputs of a generator); from any thread."""
-        self._run(self._abort([request_id]))
+        """Abort every open request with this id (outputs carry it); from any thread. Idempotent."""
+        self._run(self._async.abort(request_id))
 
     def start_profile(self, stages: Sequence[int] | None = None) -> None:
         """Start a torch profiler trace in all stages, or in ``stages``."""
@@ -198,23 +196,6 @@ class Omni:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-class _Sink:
-    """Hands a request's events to the calling thread."""
-
-    def __init__(self, index: int, events: queue.SimpleQueue[tuple[int, str, Any]]) -> None:
-        self._index = index
-        self._events = events
-
-    def on_output(self, stage_id: int, data: dict[str, Any], finished: bool, metrics: dict[str, Any]) -> None:
-        self._events.put((self._index, "output", (stage_id, data, finished, metrics)))
-
-    def on_progress(self, stage_id: int, step: int, total: int) -> None:
-        self._events.put((self._index, "progress", (stage_id, step, total)))
-
-    def on_end(self, error: OmniError | None) -> None:
-        self._events.put((self._index, "end", error))
 
 
 def _close(engine: AsyncOmni, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from vllm_omni.distributed.omni_connectors.utils.serialization import leaf_refs
 from vllm_omni.entrypoints.stage_client import StageClient, StageOutput
 from vllm_omni.entrypoints.stage_graph import StageGraph, StageNode
-from vllm_omni.errors import OmniError, RequestAborted, StageDeadError, StageError
+from vllm_omni.errors import OmniError, RequestAborted, StageDeadError, StageError, from_wire
 from vllm_omni.inputs.edge import EdgeInput
 from vllm_omni.request import OmniRequest
 
@@ -144,7 +144,7 @@ class Orchestrator:
     def abort_all(self, error: OmniError) -> None:
         """End every open request with ``error``."""
         for flow in list(self._flows.values()):
-            self._end(flow, error)
+            self._end(flow, from_wire(error.to_wire()))
 
     @property
     def open_requests(self) -> int:
@@ -208,9 +208,11 @@ class Orchestrator:
         at = None if flow.request.deadline is None else flow.request.deadline.at
         inbox = flow.inboxes.get(stage_id)
         backlog, visit.backlog = visit.backlog, []
+        params = flow.request.sampling_params[stage_id]
+        read = any(target in flow.needed for target in self._graph.node(stage_id).targets)
         for prompt, last in backlog:
             chunk = 0 if inbox is None else inbox.sent
-            self._clients[stage_id].submit(flow.key, prompt, flow.request.sampling_params[stage_id], at, chunk, last)
+            self._clients[stage_id].submit(flow.key, prompt, params, at, chunk, last, read)
             if inbox is not None:
                 inbox.sent += 1
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -36,15 +37,18 @@ class ProcessStageClient(StageClient, asyncio.Protocol):
         self._call_ids = itertools.count()
         self._last_words = ""
         self._listener: StageListener | None = None
+        self._sock: socket.socket | None = None
         self._transport: asyncio.Transport | None = None
         self._dead: StageDeadError | None = None
 
     async def attach(self, listener: StageListener) -> None:
         self._listener = listener
         loop = asyncio.get_running_loop()
-        sock = self._handle.sock.dup()
-        sock.setblocking(False)
-        await loop.create_unix_connection(lambda: self, sock=sock)
+        if self._sock is not None:
+            self._sock.close()  # of an event loop that was closed since
+        self._sock = self._handle.sock.dup()
+        self._sock.setblocking(False)
+        await loop.create_unix_connection(lambda: self, sock=self._sock)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -101,7 +105,16 @@ class ProcessStageClient(StageClient, asyncio.Protocol):
         assert self._transport is not None, "the client is not attached"
         self._transport.write(m.frame(message, payload))
 
-    def submit(self, request_id: str, prompt: Any, params: Any, deadline: float | None, chunk: int, last: bool) -> None:
+    def submit(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: Any,
+        deadline: float | None,
+        chunk: int,
+        last: bool,
+        read: bool = True,
+    ) -> None:
         payload = self._codec.encode((prompt, params), holder=self._handle.process.pid)
         self._write(m.Submit(request_id, deadline, chunk, last, time.monotonic()), payload)
 

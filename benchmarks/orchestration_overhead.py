@@ -1,0 +1,192 @@
+"""What the orchestration costs: requests over stages that do nothing, each in its own process (workload W8).
+
+::
+
+    python benchmarks/orchestration_overhead.py --json out.json
+
+Measures, for 1 and 3 stages and a 1 KB payload: milliseconds per request one after another and 64 at once, requests per
+second, CPU time per request of driver and stages together; and for a stream of 4 KB chunks, one every 4 ms, through
+three stages the time from a stage's work on a chunk to the next stage's work on it. Every figure is the best of
+``--repeats`` rounds, because a round on a shared machine measures the others too; the median round is reported beside
+it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from vllm_omni.entrypoints.async_omni import AsyncOmni  # noqa: E402
+from vllm_omni.entrypoints.omni import Omni  # noqa: E402
+
+PAYLOAD = "x" * 1024
+
+
+def write_chain(folder: str, stages: int, stream: bool) -> str:
+    """A stage configuration of ``stages`` no-op stages in a row."""
+    lines = [f"async_chunk: {str(stream).lower()}", "stage_args:"]
+    for stage in range(stages):
+        lines += [
+            f"  - stage_id: {stage}",
+            "    stage_type: diffusion",
+            "    engine_args: {engine_cls: tests.entrypoints.noop_stage.NoopStage}",
+        ]
+        if stage:
+            lines.append(f"    engine_input_source: [{stage - 1}]")
+    lines += ["    final_output: true", "    final_output_type: text"]
+    path = Path(folder) / f"chain_{stages}_{stream}.yaml"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The ``share`` quantile of ``values``."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def summary(rounds: list[list[float]], seconds: list[float]) -> dict[str, float]:
+    """Best and median round, in milliseconds and requests a second."""
+    p50 = [quantile(values, 0.5) * 1e3 for values in rounds]
+    p99 = [quantile(values, 0.99) * 1e3 for values in rounds]
+    rate = [len(values) / took for values, took in zip(rounds, seconds, strict=True)]
+    return {
+        "p50_ms": min(p50),
+        "p99_ms": min(p99),
+        "p50_ms_median_round": statistics.median(p50),
+        "p99_ms_median_round": statistics.median(p99),
+        "requests_per_s": max(rate),
+    }
+
+
+async def one(engine: AsyncOmni, prompt: Any, took: list[float]) -> None:
+    """One request, timed."""
+    began = time.perf_counter()
+    async for _ in engine.generate(prompt):
+        pass
+    took.append(time.perf_counter() - began)
+
+
+async def rounds_of(engine: AsyncOmni, count: int, at_once: int, repeats: int) -> dict[str, float]:
+    """``count`` requests a round, ``at_once`` of them open at any time."""
+    rounds, seconds = [], []
+    for _ in range(repeats + 1):
+        took: list[float] = []
+        began = time.perf_counter()
+
+        async def worker(share: int, took: list[float] = took) -> None:
+            for _ in range(share):
+                await one(engine, {"prompt": PAYLOAD}, took)
+
+        await asyncio.gather(*(worker(count // at_once) for _ in range(at_once)))
+        rounds.append(took)
+        seconds.append(time.perf_counter() - began)
+    return summary(rounds[1:], seconds[1:])
+
+
+async def hops(engine: AsyncOmni, chunks: int, repeats: int) -> dict[str, float]:
+    """Time between the arrivals of a chunk in neighbouring stages, by way of the driver, in microseconds."""
+    rounds = []
+    for _ in range(repeats + 1):
+        took: list[float] = []
+        info = {"chunks": chunks, "times": True, "pace": 0.004}
+        prompt: Any = {"prompt": PAYLOAD * 4, "additional_information": info}
+        async for output in engine.generate(prompt):
+            arrived = output.multimodal_output["additional_information"]["times"]
+            took += [(b - a) * 1e6 for a, b in itertools.pairwise(arrived)]
+        rounds.append(took)
+    rounds = rounds[1:]
+    return {
+        "p50_us": min(quantile(values, 0.5) for values in rounds),
+        "p99_us": min(quantile(values, 0.99) for values in rounds),
+        "p50_us_median_round": statistics.median(quantile(values, 0.5) for values in rounds),
+        "p99_us_median_round": statistics.median(quantile(values, 0.99) for values in rounds),
+    }
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of those of its children that have ended."""
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    )
+
+
+def measure_sync(path: str, count: int, repeats: int) -> dict[str, float]:
+    """``Omni.generate`` with one prompt, call after call."""
+    rounds, seconds = [], []
+    with Omni(stage_configs_path=path) as omni:
+        for _ in range(repeats + 1):
+            took = []
+            for _ in range(count):
+                began = time.perf_counter()
+                omni.generate({"prompt": PAYLOAD}, use_tqdm=False)
+                took.append(time.perf_counter() - began)
+            rounds.append(took)
+            seconds.append(sum(took))
+    return summary(rounds[1:], seconds[1:])
+
+
+async def measure_async(path: str, count: int, repeats: int) -> dict[str, Any]:
+    """``AsyncOmni.generate``: one after another and 64 at once, with the CPU time of the whole."""
+    before = cpu_seconds()
+    engine = AsyncOmni(stage_configs_path=path)
+    sequential = await rounds_of(engine, count, 1, repeats)
+    batch = count - count % 64 or 64
+    concurrent = await rounds_of(engine, batch, 64, repeats)
+    engine.shutdown()
+    done = (repeats + 1) * (count + batch)
+    return {
+        "sequential": sequential,
+        "concurrent_64": concurrent,
+        "cpu_ms_per_request_with_start": (cpu_seconds() - before) / done * 1e3,
+    }
+
+
+async def measure_stream(path: str, repeats: int) -> dict[str, float]:
+    """100 chunks of 4 KB through three stages."""
+    engine = AsyncOmni(stage_configs_path=path)
+    result = await hops(engine, 100, repeats)
+    engine.shutdown()
+    return result
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=500, help="requests a round")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds, after one that does not count")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    args = parser.parse_args()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    figures: dict[str, Any] = {
+        "machine": {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version()}
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for stages in (1, 3):
+            path = write_chain(folder, stages, stream=False)
+            figures[f"omni_{stages}_stages"] = measure_sync(path, args.requests, args.repeats)
+            figures[f"async_omni_{stages}_stages"] = asyncio.run(measure_async(path, args.requests, args.repeats))
+        figures["chunk_hop"] = asyncio.run(measure_stream(write_chain(folder, 3, stream=True), args.repeats))
+    print(json.dumps(figures, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Where a request's outputs go: to a coroutine, or to another thread."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from vllm_omni.errors import OmniError
+
+Item: TypeAlias = tuple[int, dict[str, Any], bool, dict[str, Any]]
+"""Stage, data, whether it is the stage's last, times."""
+EventQueue: TypeAlias = "queue.SimpleQueue[tuple[int, str, Any]]"
+"""(index of the prompt, ``output`` | ``progress`` | ``end``, value)."""
+
+
+class AsyncSink:
+    """A request's sink whose outputs can be awaited, by one consumer.
+
+    Args:
+        on_progress: called with stage id, steps done and steps in all after every step.
+    """
+
+    def __init__(self, on_progress: Callable[[int, int, int], None] | None = None) -> None:
+        self._on_progress = on_progress
+        self._items: deque[Item] = deque()
+        self._ended = False
+        self._error: OmniError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def on_output(self, stage_id: int, data: dict[str, Any], finished: bool, metrics: dict[str, Any]) -> None:
+        self._items.append((stage_id, data, finished, metrics))
+        self._wake()
+
+    def on_progress(self, stage_id: int, step: int, total: int) -> None:
+        """Handed on as it is: the generator yields outputs alone."""
+        if self._on_progress is not None:
+            self._on_progress(stage_id, step, total)
+
+    def on_end(self, error: OmniError | None) -> None:
+        self._ended, self._error = True, error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> AsyncSink:
+        return self
+
+    async def __anext__(self) -> Item:
+        while not self._items:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._items.popleft()
+
+
+class QueueSink:
+    """Hands a request's events to the calling thread."""
+
+    def __init__(self, index: int, events: EventQueue) -> None:
+        self._index = index
+        self._events = events
+
+    def on_output(self, stage_id: int, data: dict[str, Any], finished: bool, metrics: dict[str, Any]) -> None:
+        self._events.put((self._index, "output", (stage_id, data, finished, metrics)))
+
+    def on_progress(self, stage_id: int, step: int, total: int) -> None:
+        self._events.put((self._index, "progress", (stage_id, step, total)))
+
+    def on_end(self, error: OmniError | None) -> None:
+        self._events.put((self._index, "end", error))
