@@ -32,6 +32,90 @@ _ROPE = {"rope_theta": 10000, "max_position_embeddings": 4096}
 _MROPE = {"interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default", "type": "default"}
 
 
+_FULL_TEXT = {"head_dim": 128, "num_experts": 128, "rope_theta": 1000000, "max_position_embeddings": 65536}
+_FULL_SIZES: dict[str, Any] = {
+    "torch_dtype": "bfloat16",
+    "thinker_config": {
+        "text_config": {
+            **_FULL_TEXT,
+            "vocab_size": 152064,
+            "hidden_size": 2048,
+            "intermediate_size": 768,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "num_experts_per_tok": 8,
+            "rope_scaling": {"mrope_section": [24, 20, 20]},
+        },
+        "audio_config": {
+            "d_model": 1280,
+            "encoder_layers": 32,
+            "encoder_attention_heads": 20,
+            "encoder_ffn_dim": 5120,
+            "downsample_hidden_size": 480,
+            "output_dim": 2048,
+        },
+        "vision_config": {
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24],
+            "out_hidden_size": 2048,
+            "image_size": 768,
+        },
+    },
+    "talker_config": {
+        "accept_hidden_layer": 24,
+        "codec_pad_id": 2148,
+        "codec_bos_id": 2149,
+        "codec_eos_token_id": 2150,
+        "codec_nothink_id": 2155,
+        "codec_think_bos_id": 2156,
+        "codec_think_eos_id": 2157,
+        "thinker_hidden_size": 2048,
+        "speaker_id": {"chelsie": 2301, "ethan": 2302, "aiden": 2303},
+        "text_config": {
+            **_FULL_TEXT,
+            "vocab_size": 3072,
+            "hidden_size": 1024,
+            "intermediate_size": 2048,
+            "moe_intermediate_size": 384,
+            "shared_expert_intermediate_size": 768,
+            "num_hidden_layers": 20,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "num_experts_per_tok": 6,
+            "rope_scaling": {"mrope_section": [24, 20, 20]},
+        },
+        "code_predictor_config": {
+            "vocab_size": 2048,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_theta": 1000000,
+            "max_position_embeddings": 32768,
+        },
+    },
+    "code2wav_config": {
+        "codebook_size": 2048,
+        "codebook_dim": 512,
+        "decoder_dim": 1536,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "sliding_window": 72,
+    },
+}
+
+
 def make_tiny_qwen3_omni(folder: str | Path, seed: int = 0) -> Path:
     """Write the checkpoint (float32, about 8 MB) into ``folder`` and return it.
 
@@ -58,6 +142,32 @@ def make_tiny_qwen3_omni(folder: str | Path, seed: int = 0) -> Path:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     _processor(tokenizer).save_pretrained(folder)
     return folder
+
+
+def make_full_size_qwen3_omni(folder: str | Path) -> Path:
+    """Write configuration, tokenizer and processor of the released sizes into ``folder``, without weights.
+
+    For ``load_format: dummy``. The token ids are those of the tiny tokenizer; every shape is the release's.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(_SPECIALS, _PLAIN_SPECIALS)
+    config = full_size_config({token: int(index) for token, index in tokenizer.get_vocab().items()})
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    _processor(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def full_size_config(ids: dict[str, int]) -> dict[str, Any]:
+    """``released_config`` with the released sizes (Qwen3-Omni-30B-A3B-Instruct)."""
+    return _merged(released_config(ids), _FULL_SIZES)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **base,
+        **{key: _merged(base[key], value) if isinstance(value, dict) else value for key, value in over.items()},
+    }
 
 
 def _draw(model: nn.Module) -> None:
