@@ -101,7 +101,9 @@ class DiffusionModelRunner:
         }
 
     def unload_model(self) -> None:
-        """Forget the pipeline and every request, and give their memory back."""
+        """Forget the pipeline and every request, and give their memory back. Idempotent."""
+        if self._pipeline is None:
+            return
         self._pipeline = None
         self._post_process = None
         self._requests.clear()

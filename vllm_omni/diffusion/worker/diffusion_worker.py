@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -82,7 +83,7 @@ class DiffusionWorker:
         if failed.out_of_memory or not alone:
             self.model_runner.free_caches()
         if not alone and self.platform.dist_backend == "gloo":
-            self._leave_groups()
+            self.leave_groups()
         result = ipc.StepResult(error=failed)
         self.model_runner.collect(result)
         return result
@@ -107,7 +108,7 @@ class DiffusionWorker:
             StageDeadError: the device did not finish its work.
         """
         if self.platform.dist_backend == "gloo":
-            self._leave_groups()
+            self.leave_groups()
             self._join_groups(init_method)
             return
         event = torch.cuda.Event()
@@ -135,7 +136,7 @@ class DiffusionWorker:
     def shutdown(self) -> None:
         """Free the model and leave the process groups. Idempotent."""
         self.model_runner.unload_model()
-        self._leave_groups()
+        self.leave_groups()
 
     def _join_groups(self, init_method: str | None) -> None:
         parallel_state.init_parallel(
@@ -148,7 +149,8 @@ class DiffusionWorker:
         )
         self._grouped = True
 
-    def _leave_groups(self) -> None:
+    def leave_groups(self) -> None:
+        """Leave the process groups. Idempotent."""
         if self._grouped:
             self._grouped = False
             parallel_state.destroy_parallel()
@@ -215,25 +217,27 @@ class WorkerWrapperBase:
 
     def _prepare_worker_class(self) -> type[DiffusionWorker]:
         """``DiffusionWorker``, or a new class that inherits from it and from the extensions."""
-        extensions: list[type] = [CustomPipelineWorkerExtension] if self.custom_pipeline_args else []
+        extensions: list[type] = []
         if self.worker_extension_cls is not None:
             extension = self.worker_extension_cls
             extensions.append(_import_extension(extension) if isinstance(extension, str) else extension)
+        if self.custom_pipeline_args and not any(issubclass(cls, CustomPipelineWorkerExtension) for cls in extensions):
+            extensions.insert(0, CustomPipelineWorkerExtension)
         if not extensions:
             return DiffusionWorker
-        taken = dict.fromkeys(dir(DiffusionWorker), DiffusionWorker)
+        bases: list[type] = [DiffusionWorker]
         for extension in extensions:
-            names = [name for name in dir(extension) if not name.startswith("__")]
-            for name in names:
-                if name in taken:
+            names = {name for name in dir(extension) if not name.startswith("__")}
+            for base in bases:
+                for name in sorted(names & set(dir(base))):
                     raise ConfigError(
                         f"worker_extension_cls={extension.__qualname__}: {name!r} is already a name of "
-                        f"{taken[name].__qualname__}; call it something else",
+                        f"{base.__qualname__}; call it something else",
                         field="worker_extension_cls",
                     )
-            taken.update(dict.fromkeys(names, extension))
+            bases.append(extension)
         name = "".join(extension.__name__ for extension in extensions) + DiffusionWorker.__name__
-        return type(name, (DiffusionWorker, *extensions), {})
+        return type(name, tuple(bases), {})
 
     def execute_method(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call ``method`` of the worker.
@@ -300,6 +304,10 @@ class WorkerProc:
         except Exception as error:
             ipc.send(connection, _failed(error, setup.rank))
             raise
+        # Not by way of the interpreter's tear-down, which takes seconds with torch and vLLM loaded.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
     def _serve(self) -> None:
         while True:
@@ -320,7 +328,8 @@ class WorkerProc:
                 return ipc.Returned(self._wrapper.execute_method(message.method, *message.args, **message.kwargs))
             except Exception as error:
                 return _failed(error, worker.rank)
-        worker.shutdown()
+        # The process is about to end, which frees everything else faster than anything we could do.
+        worker.leave_groups()
         return ipc.Returned()
 
 
