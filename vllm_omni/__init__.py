@@ -3,9 +3,9 @@
 Names are loaded when they are first used, so that ``import vllm_omni`` costs nothing.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vllm_omni.lazy import lazy_names
 from vllm_omni.version import __version__
 
 if TYPE_CHECKING:
@@ -33,7 +33,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+__getattr__ = lazy_names(__name__, _LAZY)

@@ -80,6 +80,13 @@ def supported_models() -> dict[str, ModelFeatures]:
     return dict(_FEATURES)
 
 
+def model_defaults(name: str) -> dict[str, Any]:
+    """``SamplingDefaults`` of pipeline class ``name`` by released checkpoint; imports no model code."""
+    folder, _, _ = _DIFFUSION_MODELS[name]
+    defaults: dict[str, Any] = importlib.import_module(f"vllm_omni.diffusion.models.{folder}.defaults").DEFAULTS
+    return {checkpoint: defaults[checkpoint] for checkpoint in _FEATURES[name].models}
+
+
 def feature_names() -> list[str]:
     """Names of the features in ``ModelFeatures``, in order."""
     return [f.name for f in fields(ModelFeatures) if f.type == "bool"]

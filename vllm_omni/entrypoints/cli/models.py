@@ -1,37 +1,42 @@
 """``vllm-omni models``: what is supported, with which features and defaults, from the registry's tables."""
 
 import json
-from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
 
-from vllm_omni.diffusion.registry import ModelFeatures, feature_names, supported_models
+from vllm_omni.diffusion.registry import ModelFeatures, feature_names, model_defaults, supported_models
 
-LIMITS = ("max_sequence_length_limit", "multiple", "honoured", "extra_args")
-"""Fields of a model's defaults that are limits, not defaults."""
+DEFAULTS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "true_cfg_scale",
+    "height",
+    "width",
+    "max_sequence_length",
+)
+"""Fields of a model's ``SamplingDefaults`` that are parameters of a request; the others are limits."""
 
 
 def model_rows() -> list[dict[str, Any]]:
-    """Everything about each model, as plain values. Imports the models' code, which takes a moment."""
+    """Everything about each model, as plain values; imports no model code."""
     return [_row(name, features) for name, features in supported_models().items()]
 
 
 def _row(name: str, features: ModelFeatures) -> dict[str, Any]:
-    from vllm_omni.diffusion.data import OmniDiffusionConfig
-    from vllm_omni.diffusion.registry import resolve_pipeline_class
-
-    pipeline = resolve_pipeline_class(OmniDiffusionConfig(model=name, model_class_name=name))
-    values = {spec.name: getattr(pipeline.defaults, spec.name) for spec in fields(pipeline.defaults)}
     return {
         "class": name,
         "task": features.task,
-        "checkpoints": list(features.models),
         "features": {feature: getattr(features, feature) for feature in feature_names()},
-        "defaults": {key: value for key, value in values.items() if key not in LIMITS and value is not None},
-        "size_multiple": values["multiple"],
-        "max_sequence_length": values["max_sequence_length_limit"],
-        "extra_args": sorted(values["extra_args"]),
+        "checkpoints": {
+            checkpoint: {
+                "defaults": {key: getattr(defaults, key) for key in DEFAULTS if getattr(defaults, key) is not None},
+                "size_multiple": defaults.multiple,
+                "max_sequence_length": defaults.max_sequence_length_limit,
+                "extra_args": sorted(defaults.extra_args),
+            }
+            for checkpoint, defaults in model_defaults(name).items()
+        },
     }
 
 
@@ -45,17 +50,20 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 def _text(row: dict[str, Any]) -> str:
-    features = row["features"]
-    lines = [
-        ("checkpoints", row["checkpoints"]),
-        ("defaults", [f"{key}={value}" for key, value in row["defaults"].items()]),
-        ("limits", [f"sizes are multiples of {row['size_multiple']}", f"{row['max_sequence_length']} text tokens"]),
-        ("extra args", row["extra_args"]),
-        ("supports", [name for name, there in features.items() if there]),
-        ("refuses", [name for name, there in features.items() if not there]),
-    ]
-    body = "".join(f"\n  {title:<12} {', '.join(values)}" for title, values in lines if values)
-    return f"{row['class']}: {row['task']}{body}"
+    lines = [f"{row['class']}: {row['task']}"]
+    for checkpoint, facts in row["checkpoints"].items():
+        lines.append(f"  {checkpoint}")
+        lines.append("    defaults  " + ", ".join(f"{key} {value}" for key, value in facts["defaults"].items()))
+        limits = [f"height and width multiples of {facts['size_multiple']}"]
+        limits.append(f"max_sequence_length up to {facts['max_sequence_length']}")
+        lines.append("    limits    " + ", ".join(limits))
+        if facts["extra_args"]:
+            lines.append("    extra     " + ", ".join(facts["extra_args"]))
+    for title, there in (("supports", True), ("refuses", False)):
+        names = [name for name, value in row["features"].items() if value is there]
+        if names:
+            lines.append(f"  {title}  {', '.join(names)}")
+    return "\n".join(lines)
 
 
 def register(app: typer.Typer) -> None:

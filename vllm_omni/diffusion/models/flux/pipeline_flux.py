@@ -14,28 +14,13 @@ from vllm_omni.diffusion.models.common.components import Component, build_encode
 from vllm_omni.diffusion.models.common.guidance import plain_cfg
 from vllm_omni.diffusion.models.common.images import postprocess_images
 from vllm_omni.diffusion.models.common.pipeline import DiTPipeline
-from vllm_omni.diffusion.models.common.sampling import SamplingDefaults
 from vllm_omni.diffusion.models.common.state import Conditioning
 from vllm_omni.diffusion.models.common.text_encoders import encode_clip_pooled, encode_t5
+from vllm_omni.diffusion.models.flux.defaults import DEV, SCHNELL
 from vllm_omni.diffusion.models.flux.flux_transformer import FluxTransformer2DModel
 from vllm_omni.diffusion.utils.checkpoint import read_config
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-
-_DEV = SamplingDefaults(
-    num_inference_steps=28,
-    guidance_scale=3.5,
-    true_cfg_scale=1.0,
-    max_sequence_length=512,
-    max_sequence_length_limit=512,
-)
-_SCHNELL = SamplingDefaults(
-    num_inference_steps=4,
-    guidance_scale=None,
-    true_cfg_scale=1.0,
-    max_sequence_length=256,
-    max_sequence_length_limit=256,
-)
 
 
 class FluxPipeline(DiTPipeline):
@@ -60,7 +45,7 @@ class FluxPipeline(DiTPipeline):
         )
         self.vae = build_vae(AutoencoderKL, self.folder, od_config)
         self.vae_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.defaults = _DEV if self.transformer.guidance_embeds else _SCHNELL
+        self.defaults = DEV if self.transformer.guidance_embeds else SCHNELL
 
     def encode_prompts(self, texts: Sequence[str], params: OmniDiffusionSamplingParams) -> Conditioning:
         """T5 states and pooled CLIP text."""

@@ -14,9 +14,9 @@ from vllm_omni.diffusion.models.common.components import Component, build_encode
 from vllm_omni.diffusion.models.common.guidance import norm_preserving_cfg
 from vllm_omni.diffusion.models.common.images import postprocess_images
 from vllm_omni.diffusion.models.common.pipeline import DiTPipeline
-from vllm_omni.diffusion.models.common.sampling import SamplingDefaults
 from vllm_omni.diffusion.models.common.state import Conditioning
 from vllm_omni.diffusion.models.common.text_encoders import PromptTemplate, encode_causal_lm
+from vllm_omni.diffusion.models.qwen_image.defaults import QWEN_IMAGE
 from vllm_omni.diffusion.models.qwen_image.qwen_image_transformer import QwenImageTransformer2DModel
 from vllm_omni.diffusion.utils.checkpoint import read_config
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
@@ -41,13 +41,7 @@ class QwenImagePipeline(DiTPipeline):
         Component("transformer"),
         Component("vae"),
     )
-    defaults = SamplingDefaults(
-        num_inference_steps=50,
-        guidance_scale=None,
-        true_cfg_scale=4.0,
-        max_sequence_length=512,
-        max_sequence_length_limit=1024,
-    )
+    defaults = QWEN_IMAGE
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
         super().__init__(od_config=od_config, prefix=prefix)
