@@ -1,0 +1,90 @@
+"""Training data: processes draw scenes and captions, the device draws the pictures."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tools.default_model.scene import background, primitives
+from tools.default_model.shapes import draw
+from tools.default_model.tokens import Encoder
+from tools.default_model.world import FORMATS, sample
+
+WORDS_PER_FORMAT = {FORMATS[0]: 40, FORMATS[1]: 44, FORMATS[2]: 44}
+"""Caption tokens with the template's end, per canvas; with the picture's tokens 104 in each case."""
+
+SHARD = 10000
+"""Scenes per task of a data process."""
+
+
+@dataclass
+class Shard:
+    """Scenes of one canvas as arrays."""
+
+    primitives: np.ndarray
+    """(N, MAX_PRIMITIVES, PRIMITIVE_FIELDS), float32."""
+    backgrounds: np.ndarray
+    """(N, BACKGROUND_FIELDS), float32."""
+    ids: np.ndarray
+    """(N, PREFIX + words), int64."""
+    counts: np.ndarray
+    """Tokens that are real, (N,), int64."""
+
+
+def make_shard(seed: int, number: int, canvas: tuple[int, int], tokenizer: Path) -> Shard:
+    """Draw training scenes; the same seed gives the same shard."""
+    rng = random.Random(seed)
+    scenes = [sample(rng, "train", *canvas) for _ in range(number)]
+    ids, counts = Encoder(tokenizer)([scene.caption for scene in scenes], WORDS_PER_FORMAT[canvas])
+    return Shard(
+        np.stack([primitives(scene.items) for scene in scenes]),
+        np.stack([background(scene.ground) for scene in scenes]),
+        ids,
+        counts,
+    )
+
+
+class ShardSource:
+    """Makes shards ahead in other processes. Close it, or use it as a context."""
+
+    def __init__(self, seed: int, tokenizer: Path, workers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._executor = ProcessPoolExecutor(max_workers=workers, mp_context=context)
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._pending: dict[tuple[int, int], list[Future[Shard]]] = {canvas: [] for canvas in FORMATS}
+
+    def __enter__(self) -> ShardSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown(cancel_futures=True)
+
+    def order(self, canvas: tuple[int, int], number: int, shard: int = SHARD) -> None:
+        """Begin to make that many scenes of a canvas."""
+        for start in range(0, number, shard):
+            self._seed += 1
+            size = min(shard, number - start)
+            task = self._executor.submit(make_shard, self._seed, size, canvas, self._tokenizer)
+            self._pending[canvas].append(task)
+
+    def shards(self, canvas: tuple[int, int]) -> Iterator[Shard]:
+        """The ordered shards, in order, as they get ready; they stay available for a second pass."""
+        for task in self._pending[canvas]:
+            yield task.result()
+
+
+def pictures(shard: Shard, rows: slice | np.ndarray, canvas: tuple[int, int], device: str) -> Tensor:
+    """Pictures (N, 3, H, W) of some rows of a shard on the device, float32, -1..1."""
+    compiled = device.startswith("cuda")
+    records = torch.from_numpy(shard.primitives[rows]).to(device)
+    grounds = torch.from_numpy(shard.backgrounds[rows]).to(device)
+    return draw(records, grounds, canvas[1], canvas[0], compiled=compiled) * 2 - 1

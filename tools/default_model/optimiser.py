@@ -1,0 +1,107 @@
+"""Muon for the matrices of the blocks and AdamW for the rest, and a schedule by the wall clock."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest orthogonal matrices of a stack (N, R, C) by Newton-Schulz steps (Jordan et al., Muon, 2024)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon:
+    """Momentum whose update is made orthogonal, for stacks of equally shaped matrices."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01):
+        self.lr, self.momentum, self.decay = lr, momentum, decay
+        shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for parameter in parameters:
+            shapes.setdefault(tuple(parameter.shape), []).append(parameter)
+        self._stacks = [
+            (group, torch.zeros(len(group), *shape, device=group[0].device)) for shape, group in shapes.items()
+        ]
+
+    @torch.no_grad()
+    def step(self, scale: float) -> None:
+        """Update with the learning rate times scale."""
+        lr = self.lr * scale
+        for group, velocity in self._stacks:
+            gradient = torch.stack([p.grad for p in group])
+            velocity.lerp_(gradient, 1 - self.momentum)
+            update = orthogonal(gradient.lerp_(velocity, self.momentum))
+            rows, columns = update.shape[-2:]
+            update *= -lr * math.sqrt(max(1.0, rows / columns))
+            torch._foreach_mul_(group, 1 - lr * self.decay)
+            torch._foreach_add_(group, list(update.unbind()))
+
+
+class Clock:
+    """A schedule that ends with the time budget however fast the machine is."""
+
+    def __init__(self, seconds: float, warmup: int = 100, final: float = 0.01) -> None:
+        self._seconds, self._warmup, self._final = seconds, warmup, final
+        self._start = time.monotonic()
+        self._steps = 0
+
+    def restart(self) -> None:
+        """Begin the time now (after compilation)."""
+        self._start = time.monotonic()
+
+    @property
+    def share(self) -> float:
+        """Share of the budget that has passed."""
+        return (time.monotonic() - self._start) / self._seconds
+
+    def scale(self) -> float:
+        """Factor of the learning rate for the next step: a linear warm-up, then half a cosine down."""
+        self._steps += 1
+        cosine = self._final + (1 - self._final) * 0.5 * (1 + math.cos(math.pi * min(self.share, 1.0)))
+        return min(1.0, self._steps / self._warmup) * cosine
+
+
+class Average:
+    """Exponential moving average of parameters."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float = 0.999) -> None:
+        self._parameters, self._decay, self._steps = parameters, decay, 0
+        self.values = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the parameters' present values in; the first steps count more."""
+        self._steps += 1
+        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
+        torch._foreach_lerp_(self.values, [p.detach() for p in self._parameters], 1 - decay)
+
+    @torch.no_grad()
+    def install(self) -> None:
+        """Put the average in the parameters' place."""
+        for parameter, value in zip(self._parameters, self.values, strict=True):
+            parameter.copy_(value)
+
+
+def split_matrices(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters for Muon (weights of linear layers inside blocks, but for modulation) and the others."""
+    matrices, others = [], []
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            in_block = "layers." in name or "transformer_blocks." in name
+            is_matrix = in_block and parameter.ndim == 2 and "_mod." not in name
+            (matrices if is_matrix else others).append(parameter)
+    return matrices, others

@@ -1,0 +1,161 @@
+"""Trains everything and exports it: `python -m tools.default_model.train --out FOLDER`. See README.md."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLQwenImage
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Qwen2Tokenizer
+
+from tools.default_model.data import SHARD, ShardSource, pictures
+from tools.default_model.export import export
+from tools.default_model.models import encode_text, make_text_encoder, make_transformer, make_vae
+from tools.default_model.tokens import SPECIALS, TEMPLATE
+from tools.default_model.train_model import Recipe, Trainer, compile_blocks, make_pools, train_model
+from tools.default_model.train_vae import flatten, save_vae, train_vae
+from tools.default_model.world import FORMATS
+
+LARGEST_FILE = 15 * 2**20
+"""Bytes per file of a saved training state."""
+
+
+def save_state(folder: Path, modules: dict[str, nn.Module]) -> None:
+    """Save the modules' weights in float32 as state-0.safetensors, state-1.safetensors and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files: list[dict[str, Any]] = [{}]
+    size = 0
+    for prefix, module in modules.items():
+        for name, tensor in module.state_dict().items():
+            if name == "lm_head.weight" or "visual." in name:
+                continue
+            size += tensor.numel() * 4
+            if size > LARGEST_FILE:
+                files.append({})
+                size = tensor.numel() * 4
+            files[-1][f"{prefix}.{name}"] = tensor.detach().float().cpu().contiguous().clone()
+    for index, tensors in enumerate(files):
+        partial = folder / f"state-{index}.part"
+        save_file(tensors, partial)
+        partial.rename(folder / f"state-{index}.safetensors")
+
+
+def load_state(folder: Path, modules: dict[str, nn.Module]) -> None:
+    """Load what `save_state` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no state in the folder.
+    """
+    paths = sorted(folder.glob("state-*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"no state-*.safetensors in {folder}")
+    tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    for prefix, module in modules.items():
+        own = {name.removeprefix(prefix + "."): t for name, t in tensors.items() if name.startswith(prefix + ".")}
+        missing, unknown = module.load_state_dict(own, strict=False)
+        left = [name for name in missing if name != "lm_head.weight" and "visual." not in name]
+        if left or unknown:
+            raise ValueError(f"state does not fit {prefix}: missing {left}, unknown {unknown}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the state and the checkpoint")
+    parser.add_argument("--export", type=Path, help="folder of the exported checkpoint (default: OUT/model)")
+    parser.add_argument("--tokenizer", type=Path, default=Path("vllm_omni/data/default_model/tokenizer"))
+    parser.add_argument("--vae", type=Path, help="a trained autoencoder; otherwise one is trained")
+    parser.add_argument("--resume", type=Path, help="folder with a saved state to go on from")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--samples", type=int, default=600000)
+    parser.add_argument("--vae-samples", type=int, default=60000)
+    parser.add_argument("--vae-seconds", type=float, default=75)
+    parser.add_argument("--vae-batch", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--adam-lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def _autoencoder(args: argparse.Namespace, source: ShardSource) -> AutoencoderKLQwenImage:
+    if args.vae:
+        return AutoencoderKLQwenImage.from_pretrained(args.vae)
+    vae = train_vae(make_vae(), source, args.vae_seconds, args.vae_batch, args.device)
+    first = next(iter(source.shards(FORMATS[0])))
+    images = pictures(first, slice(0, 256), FORMATS[0], args.device)
+    vae = save_vae(vae.to(args.device), images, args.out / "vae")
+    return vae.cpu()
+
+
+def _pools(args: argparse.Namespace, source: ShardSource, vae: AutoencoderKLQwenImage) -> Any:
+    flat = AutoencoderKLQwenImage.from_config(vae.config)
+    flat.load_state_dict(vae.state_dict())
+    flatten(flat)
+    flat.to(args.device).eval()
+    if args.device.startswith("cuda"):
+        flat.encoder.compile(dynamic=True)
+    return make_pools(flat, source, args.device)
+
+
+@torch.no_grad()
+def check_text_encoder(text_encoder: nn.Module, tokenizer: Qwen2Tokenizer) -> None:
+    """Make sure that the short forward of training is what the pipeline will compute.
+
+    Raises:
+        RuntimeError: if it is not.
+    """
+    ids = torch.tensor([tokenizer(TEMPLATE.format("a red circle")).input_ids], device=text_encoder.device)
+    full = text_encoder(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+    difference = (encode_text(text_encoder, ids) - full.hidden_states[-1]).abs().max().item()
+    if difference > 1e-2:
+        raise RuntimeError(f"the text encoder's short forward differs by {difference}")
+
+
+def main() -> None:
+    """Train the autoencoder, the text encoder and the transformer, and export them."""
+    args = _arguments()
+    begun = time.monotonic()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    torch._dynamo.config.recompile_limit = 64
+    torch.backends.cuda.matmul.allow_tf32 = True
+    tokenizer = Qwen2Tokenizer.from_pretrained(args.tokenizer)
+    specials = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in SPECIALS}
+    text_encoder = make_text_encoder(len(tokenizer), specials)
+    text_encoder.model.visual.requires_grad_(False)
+    transformer = make_transformer()
+    modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder}
+    if args.resume:
+        load_state(args.resume, modules)
+    with ShardSource(1000003 * (args.seed + 1), args.tokenizer, args.workers) as source:
+        if not args.vae:
+            source.order(FORMATS[0], args.vae_samples, min(SHARD, max(args.vae_samples // 6, 1)))
+        shard = min(SHARD, max(args.samples // 16, 1))
+        for canvas, share in zip(FORMATS, (0.7, 0.15, 0.15), strict=True):
+            source.order(canvas, int(args.samples * share), shard)
+        vae = _autoencoder(args, source)
+        pools = _pools(args, source, vae)
+    print(f"{time.monotonic() - begun:.0f} s: data is ready", flush=True)
+    transformer.to(args.device)
+    text_encoder.to(args.device)
+    if args.device.startswith("cuda"):
+        compile_blocks(text_encoder, transformer)
+    check_text_encoder(text_encoder, tokenizer)
+    empty = [tokenizer(TEMPLATE.format(text)).input_ids for text in (" ", "")]
+    trainer = Trainer(text_encoder, transformer, pools, empty, args.device)
+    recipe = Recipe(args.seconds, args.batch, args.muon_lr, args.adam_lr)
+    train_model(trainer, list(modules.values()), recipe, lambda: save_state(args.out, modules), args.seed)
+    folder = args.export or args.out / "model"
+    size = export(folder, vae, transformer, text_encoder, args.tokenizer, specials)
+    print(f"{time.monotonic() - begun:.0f} s: exported {size} bytes to {folder}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
