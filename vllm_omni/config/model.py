@@ -40,6 +40,8 @@ class OmniModelConfig(ModelConfig):
     """Hidden states that the stage sends on, numbered as in transformers' ``hidden_states``: 0 is the embeddings, ``k``
     what ``k`` layers made, and -1 the final, normed state."""
 
+    takes_payload: bool = False
+    """Whether the stage's model reads what comes with a request."""
     driver_pid: int = 1
     """Process that reads what the stage sends; 1 when it is not known."""
 

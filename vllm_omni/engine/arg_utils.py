@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMError
 from vllm.model_executor.models.interfaces import supports_eagle3
 
 from vllm_omni.config.model import OmniModelConfig
 from vllm_omni.config.schema import nearest
 from vllm_omni.engine.vllm_env import prepare_environment
 from vllm_omni.errors import ConfigError
-from vllm_omni.model_executor.models.interfaces import OmniEmbedder, OmniGenerator, OmniStepper
+from vllm_omni.model_executor.models.interfaces import OmniEmbedder, OmniGenerator, OmniPositioner, OmniStepper
 from vllm_omni.model_executor.models.registry import config_override, ensure_registered, model_class
 
 _WORKER = "vllm_omni.worker.gpu_ar_worker"
@@ -136,6 +137,7 @@ class OmniEngineArgs(EngineArgs):
             model_arch=self.model_arch or base.architectures[0],
             omni_kv_config=self.omni_kv_config,
             hidden_layers=self.hidden_layers,
+            takes_payload=issubclass(model, (OmniEmbedder, OmniPositioner, OmniStepper)),
             driver_pid=os.getpid(),
             **values,
         )
@@ -163,7 +165,7 @@ class OmniEngineArgs(EngineArgs):
             config = super().create_engine_config(*args, **kwargs)
         except ConfigError:
             raise
-        except (ValueError, OSError, NotImplementedError) as error:
+        except (VLLMError, ValueError, TypeError, OSError, NotImplementedError) as error:
             raise ConfigError(f"stage {self.stage_id}: {error}", field="engine_args", stage_id=self.stage_id) from error
         if self.stage_type == "generation":
             name = "omni_generation_scheduler.OmniGenerationScheduler"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMClientError
 from vllm.inputs import TokensPrompt
 from vllm.pooling_params import PoolingParams
 from vllm.renderers.inputs.preprocess import parse_model_prompt
@@ -35,6 +36,7 @@ _PROMPT_KEYS = {
     "additional_information",
     "conditioning_steps",
     "emit",
+    "lora_request",
     "negative_prompt",
 }
 
@@ -51,14 +53,23 @@ class StagePrompt:
     """Decode steps that ``information`` conditions, of a prompt whose conditioning is streamed."""
     emit: bool = True
     """Whether the stage sends its hidden states on."""
+    lora_request: Any = None
+    """Adapter to use."""
+
+    @property
+    def is_token_ids(self) -> bool:
+        """Whether nothing is left to tokenise or process."""
+        return set(self.prompt) == {"prompt_token_ids"}
 
     @classmethod
     def of(cls, prompt: Any) -> StagePrompt:
-        """Split what an edge function or the caller gave.
+        """Split what an edge function or the caller gave; None, which closes a stream, is a prompt without anything.
 
         Raises:
             RequestError: not a text, token ids or mapping; a key that is not known.
         """
+        if prompt is None:
+            return cls({}, {})
         if isinstance(prompt, str):
             return cls({"prompt": prompt}, {})
         if isinstance(prompt, list) and prompt and all(isinstance(token, int) for token in prompt):
@@ -72,12 +83,13 @@ class StagePrompt:
                 raise RequestError(f"prompt has an unknown key {key!r}{nearest(key, _PROMPT_KEYS)}", field=key)
         if prompt.get("negative_prompt"):
             raise RequestError("negative_prompt is for diffusion stages", field="negative_prompt")
-        ours = ("additional_information", "conditioning_steps", "emit", "negative_prompt")
+        ours = ("additional_information", "conditioning_steps", "emit", "lora_request", "negative_prompt")
         return cls(
             {key: value for key, value in prompt.items() if key not in ours and value is not None},
             prompt.get("additional_information") or {},
             prompt.get("conditioning_steps", 0),
             prompt.get("emit", True),
+            prompt.get("lora_request"),
         )
 
 
@@ -111,37 +123,52 @@ class OmniInputProcessor(InputProcessor):
         *,
         last: bool = True,
         lora_request: Any = None,
-        priority: int = 0,
     ) -> tuple[EngineCoreRequest, str | None]:
-        """Request of an autoregressive stage, and the prompt's text if it has one.
+        """Request of an autoregressive stage, and the prompt's text if it has one: ``prepare`` and ``attach``."""
+        parts = StagePrompt.of(prompt)
+        request, text = self.prepare(request_id, parts, params, lora_request)
+        self.attach(request, parts, last=last)
+        return request, text
 
-        A request that carries a payload gets a prefix-cache salt of its own, since its token ids do not say what it
-        computes; one whose hidden states are sent on computes its whole prompt.
+    def prepare(
+        self, request_id: str, parts: StagePrompt, params: SamplingParams | None, lora_request: Any = None
+    ) -> tuple[EngineCoreRequest, str | None]:
+        """Tokenise, process media and check parameters; may take long, and may run in another thread.
 
         Raises:
             RequestError: the prompt or the parameters are wrong.
         """
-        parts = StagePrompt.of(prompt)
         params = SamplingParams() if params is None else params
+        if params.n != 1:
+            raise RequestError(f"n={params.n}: a stage gives one answer; send the prompt n times", field="n")
         try:
             rendered = self._render(parts.prompt)
-            request = self.process_inputs(
-                request_id, rendered, params, ("generate",), lora_request=lora_request, priority=priority
-            )
+            request = self.process_inputs(request_id, rendered, params, ("generate",), lora_request=lora_request)
         except RequestError:
             raise
+        except VLLMClientError as error:
+            raise RequestError(str(error), field="prompt") from error
         except (ValueError, TypeError, KeyError, OSError, NotImplementedError) as error:
             raise RequestError(f"{type(error).__name__}: {error}", field="prompt") from error
-        config = self.model_config
-        emits = parts.emit and isinstance(config, OmniModelConfig) and bool(config.hidden_layers)
-        data = self.target.pack(parts.information)
-        OmniPayload(data, steps=parts.steps, last=last, emit=parts.emit).attach(request.sampling_params)
-        if emits:
-            request.sampling_params.skip_reading_prefix_cache = True
-        if data or not last:
-            request.cache_salt = request_id
         request.external_req_id = request_id
         return request, rendered.get("prompt")
+
+    def attach(self, request: EngineCoreRequest, parts: StagePrompt, *, last: bool) -> None:
+        """Add the payload.
+
+        A request that carries one gets a prefix-cache salt of its own, since its token ids do not say what it computes;
+        one whose hidden states are sent on computes its whole prompt.
+
+        Raises:
+            RequestError: the prompt's information cannot be sent.
+        """
+        config: OmniModelConfig = self.model_config
+        data = self.target.pack(parts.information) if config.takes_payload else []
+        OmniPayload(data, steps=parts.steps, last=last, emit=parts.emit).attach(request.sampling_params)
+        if parts.emit and config.hidden_layers:
+            request.sampling_params.skip_reading_prefix_cache = True
+        if data or not last:
+            request.cache_salt = request.request_id
 
     def _render(self, prompt: Any) -> Any:
         """Tokenise and process media; token ids alone need neither."""

@@ -58,8 +58,17 @@ class StageClient(ABC):
         """Join the running event loop; events go to ``listener`` from now on."""
 
     @abstractmethod
-    def submit(self, request_id: str, prompt: Any, params: Any, deadline: float | None, chunk: int, last: bool) -> None:
-        """Send a request or a further chunk of one.
+    def submit(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: Any,
+        deadline: float | None,
+        chunk: int,
+        last: bool,
+        read: bool = True,
+    ) -> None:
+        """Send a request or a further chunk of one; ``read`` says whether another stage reads the outputs.
 
         Raises:
             RequestError: the prompt or the parameters hold something that cannot travel.

@@ -143,7 +143,7 @@ class GPUARModelRunner(OmniGPUModelRunner):
         self._sampled = output.sampled_token_ids
         return output
 
-    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         """vLLM's sampling, then the model's step hook; attaches ``pooler_output``."""
         step = self.execute_model_state

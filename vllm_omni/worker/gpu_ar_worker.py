@@ -40,6 +40,10 @@ class OmniWorker(VllmWorker):
     def _make_model_runner(self) -> OmniGPUModelRunner:
         return self.runner_cls(self.vllm_config, self.device)
 
+    def omni_counts(self) -> dict[str, int]:
+        """Open requests and shared-memory segments that are still read, for health reports and tests."""
+        return self.model_runner.omni_counts()
+
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's warm-up, then the model's own."""
         times = super().compile_or_warm_up_model()

@@ -35,7 +35,7 @@ class GPUGenerationModelRunner(OmniGPUModelRunner):
         """The one task that requests of a generation stage carry."""
         return (TASK,)
 
-    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    @torch.inference_mode()
     def execute_model(
         self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None
     ) -> ModelRunnerOutput | None:

@@ -68,6 +68,13 @@ class OmniGPUModelRunner(VllmModelRunner):
             with torch.inference_mode():
                 model.omni_warm_up(self.max_num_reqs)
 
+    def omni_counts(self) -> dict[str, int]:
+        """Open requests and segments of shared memory that are still read."""
+        arena = self._omni_out.arena
+        assert arena is not None
+        arena.reap()
+        return {"requests": len(self.omni_states), "busy_segments": arena.stats()["busy"]}
+
     def _update_omni(self, scheduler_output: SchedulerOutput) -> None:
         """Open, feed and close request states as the scheduler says. A preempted request keeps its state."""
         for req_id in scheduler_output.finished_req_ids:
