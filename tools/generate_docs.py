@@ -19,8 +19,10 @@ from vllm_omni.config.stage import (
     StageConfig,
     StageRuntime,
 )
+from vllm_omni.diffusion.registry import ModelFeatures
 from vllm_omni.entrypoints.cli.flags import FlagGroup, option_name
-from vllm_omni.entrypoints.cli.groups import ENGINE, PARALLEL, SAMPLING
+from vllm_omni.entrypoints.cli.groups import ENGINE, OMNI, PARALLEL, SAMPLING
+from vllm_omni.entrypoints.cli.models import DEFAULTS, model_rows
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "user_guide"
 NOTE = "<!-- Written by tools/generate_docs.py (make docs); do not edit. -->\n\n"
@@ -81,7 +83,7 @@ def cli_options() -> str:
         "Python: sampling parameters of `OmniDiffusionSamplingParams`, the others of `Omni`. A default that is empty "
         "means that the model decides ([Supported models](supported_models.md) lists the models' defaults).\n"
     )
-    for group in (SAMPLING, ENGINE, PARALLEL):
+    for group in (SAMPLING, OMNI, ENGINE, PARALLEL):
         text += f"\n## {group.panel}\n\nFields of `{group.cls.__name__}`.\n\n" + option_table(group)
     return text
 
@@ -120,7 +122,39 @@ def stage_configuration() -> str:
     return text
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli_options": cli_options, "stage_configuration": stage_configuration}
+def supported_models() -> str:
+    """Models with their features and defaults."""
+    text = "# Supported models\n\n" + NOTE
+    text += (
+        "`vllm-omni models` prints the same. A checkpoint is a folder in the layout of diffusers (`model_index.json`), "
+        "or a hub name that the local cache holds.\n\n## Features\n\n"
+    )
+    rows = model_rows()
+    features = [spec.name for spec in fields(ModelFeatures) if spec.name in rows[0]["features"]]
+    docs = field_docs(ModelFeatures)
+    head = ("Feature", "Meaning", *(f"`{row['class']}`" for row in rows))
+    cells = [
+        (f"`{name}`", prose(docs[name]), *("yes" if row["features"][name] else "no" for row in rows))
+        for name in features
+    ]
+    text += table(head, cells) + "\nWhat says no is refused when the engine starts, with an error that names it.\n"
+    for row in rows:
+        text += f"\n## {row['class']}\n\n{row['task'].capitalize()}.\n\n"
+        head = ("Checkpoint", *(f"`{name}`" for name in DEFAULTS), "Sizes", "Most text tokens")
+        lines = []
+        for checkpoint, facts in row["checkpoints"].items():
+            values = (str(facts["defaults"].get(name, "-")) for name in DEFAULTS)
+            sizes = f"multiples of {facts['size_multiple']}"
+            lines.append((checkpoint, *values, sizes, str(facts["max_sequence_length"])))
+        text += table(head, lines)
+    return text
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "cli_options": cli_options,
+    "stage_configuration": stage_configuration,
+    "supported_models": supported_models,
+}
 
 
 def main() -> None:

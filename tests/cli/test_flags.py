@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from vllm_omni.entrypoints.cli.flags import FlagGroup, option_name, with_flags
-from vllm_omni.entrypoints.cli.groups import ENGINE, PARALLEL, SAMPLING
+from vllm_omni.entrypoints.cli.groups import ENGINE, OMNI, PARALLEL, SAMPLING
 
 
 @dataclass
@@ -94,7 +94,7 @@ def test_a_type_without_a_form_must_be_skipped() -> None:
         with_flags(lambda **flags: None, FlagGroup(Sample, "Sample", {}))
 
 
-@pytest.mark.parametrize("group", [SAMPLING, ENGINE, PARALLEL], ids=lambda group: group.cls.__name__)
+@pytest.mark.parametrize("group", [OMNI, SAMPLING, ENGINE, PARALLEL], ids=lambda group: group.cls.__name__)
 def test_every_field_is_an_option_or_skipped_with_a_reason(group: FlagGroup) -> None:
     made = with_flags(lambda **flags: None, group)
     options = set(inspect.signature(made).parameters)

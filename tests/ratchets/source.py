@@ -58,3 +58,26 @@ def imports(module: Module) -> Iterator[tuple[ast.AST, str]]:
             for alias in node.names:
                 full = f"{base}.{alias.name}"
                 yield node, full if full in names() else base
+
+
+def bound_names(module: Module) -> set[str]:
+    """Names that the module's top level binds."""
+    bound: set[str] = set()
+    for node in module.tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            bound |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            bound |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            bound.add(node.target.id)
+    return bound
+
+
+def all_names(module: Module) -> set[str]:
+    """The module's ``__all__``; empty when it has none."""
+    for node in module.tree.body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]:
+            return set(ast.literal_eval(node.value))
+    return set()

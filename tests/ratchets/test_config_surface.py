@@ -11,7 +11,7 @@ import pytest
 from tests.ratchets.source import PACKAGE, modules
 from vllm_omni import envs
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
-from vllm_omni.entrypoints.cli.groups import ENGINE, PARALLEL, SAMPLING
+from vllm_omni.entrypoints.cli.groups import ENGINE, OMNI, PARALLEL, SAMPLING
 from vllm_omni.errors import ConfigError, OmniError, RequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
@@ -27,6 +27,8 @@ DOCUMENTED = (
 # Module -> why it touches the environment beside the table in envs.py.
 ENVIRONMENT: dict[str, str] = {
     "vllm_omni.envs": "the table",
+    "vllm_omni.engine.vllm_env": "what vLLM must find set in the processes that it starts",
+    "vllm_omni.entrypoints.cli.generate": "a quieter log by default, for the stages too",
     "vllm_omni.diffusion.worker.diffusion_worker": "tells gloo which interface to listen on",
     "vllm_omni.entrypoints.cli.terminal": "what the terminal says of itself (TERM, COLORTERM, ...)",
 }
@@ -58,7 +60,7 @@ def test_generate_has_an_option_for_every_field() -> None:
     from vllm_omni.entrypoints.cli.generate import COMMAND
 
     options = set(inspect.signature(COMMAND).parameters)
-    for group in (SAMPLING, ENGINE, PARALLEL):
+    for group in (OMNI, SAMPLING, ENGINE, PARALLEL):
         missing = {name for name in group.cls.__dataclass_fields__ if name not in group.skip} - options
         assert not missing, f"{group.cls.__name__}: no option for {sorted(missing)}"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.ratchets.source import Module, modules, names
+from tests.ratchets.source import all_names, bound_names, modules, names
 
 
 @dataclass(frozen=True)
@@ -170,42 +170,24 @@ def test_lazy_names_of_the_package_import() -> None:
         _ = package.Omin
 
 
-def _bound(module: Module) -> set[str]:
-    """Names that the module's top level binds."""
-    bound: set[str] = set()
-    for node in module.tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            bound.add(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            bound |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Assign):
-            bound |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            bound.add(node.target.id)
-    return bound
-
-
 def test_all_lists_what_there_is() -> None:
     """Every name of an ``__all__`` exists, and a package's ``__init__`` lists everything public that it imports."""
     wrong = []
     for module in modules():
-        listed = [
-            set(ast.literal_eval(node.value))
-            for node in module.tree.body
-            if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]
-        ]
+        listed = all_names(module)
         if not listed:
             continue
-        bound = _bound(module)
+        bound = bound_names(module)
         lazy = set(importlib.import_module(module.name)._LAZY) if "_LAZY" in bound else set()
-        missing = listed[0] - bound - lazy
+        missing = listed - bound - lazy
         imported = {
             alias.asname or alias.name
             for node in module.tree.body
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm_omni")
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm_omni.")
+            if node.module != "vllm_omni.lazy"
             for alias in node.names
         }
-        hidden = imported - listed[0] if module.path.name == "__init__.py" else set()
+        hidden = imported - listed if module.path.name == "__init__.py" else set()
         wrong += [f"{module.name}: {name} is listed but does not exist" for name in sorted(missing)]
         wrong += [f"{module.name}: {name} is imported but not listed" for name in sorted(hidden)]
     assert not wrong, "\n".join(wrong)
