@@ -68,8 +68,16 @@ def build_encoder(cls: Any, folder: Path, name: str) -> nn.Module:
     """
     read_config(folder, name, "config.json")
     config = cls.config_class.from_pretrained(folder / name)
+    _set_dtype(config, torch.get_default_dtype())
     module: nn.Module = cls(config)
     return module
+
+
+def _set_dtype(config: Any, dtype: torch.dtype) -> None:
+    """Parts of a composite model are built in the dtype of their own configuration, not in torch's default."""
+    config.dtype = dtype
+    for part in config.sub_configs:
+        _set_dtype(getattr(config, part), dtype)
 
 
 def build_vae(cls: Any, folder: Path, od_config: OmniDiffusionConfig) -> nn.Module:
