@@ -75,8 +75,9 @@ class FlowSchedule:
             mu = linear_mu(tokens, self.base_image_seq_len, self.max_image_seq_len, self.base_shift, self.max_shift)
             weight = math.exp(mu) if self.time_shift_type == "exponential" else mu
             sigma = weight / (weight + (1 / sigma - 1))
-        if self.shift_terminal:
-            rest = 1 - sigma
+        rest = 1 - sigma
+        # A schedule that never leaves sigma = 1 (one step) cannot be stretched; the reference divides 0 by 0 there.
+        if self.shift_terminal and rest[-1] > 0:
             sigma = 1 - rest / (rest[-1] / (1 - self.shift_terminal))
         return torch.cat((torch.from_numpy(sigma).float(), torch.zeros(1)))
 
