@@ -79,7 +79,13 @@ class GPUARModelRunner(OmniGPUModelRunner):
         if self._positioner is None:
             super()._init_mrope_positions(req_state)
             return
-        positions, delta = self._positioner.omni_mrope_positions(self.omni_states[req_state.req_id])
+        state = self.omni_states[req_state.req_id]
+        positions, delta = torch.arange(state.prompt_len).expand(3, -1), 0
+        if state.error is None:
+            try:
+                positions, delta = self._positioner.omni_mrope_positions(state)
+            except OmniError as error:
+                state.error = error
         req_state.mrope_positions, req_state.mrope_position_delta = positions.cpu(), delta
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Callable[[], None] | None:

@@ -145,8 +145,7 @@ class Pipeline:
             model_arch="Qwen3OmniTalkerForConditionalGeneration",
             hf_config_name="talker_config",
             skip_tokenizer_init=True,
-            max_model_len=512,
-            **talker_args,
+            **{"max_model_len": 512, **talker_args},
         )
         self.code2wav: Stage = start_stage(
             folder,
