@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.entrypoints.graphs import NOOP, ask, chain, stage, write
+from tests.entrypoints.graphs import ask, chain, stage, write
 from vllm_omni import Omni
 from vllm_omni.config.schema import field_docs
 from vllm_omni.entrypoints.omni_args import DIFFUSION_ENGINE, OmniArgs, device_table, resolve, stage_engine_args
@@ -109,7 +109,7 @@ def test_without_a_model() -> None:
 
 
 def test_a_folder_that_is_no_diffusion_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neither model_index.json nor config.json"):
+    with pytest.raises(ConfigError, match=r"neither model_index\.json nor config\.json"):
         Omni(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(ConfigError, match="no stage configuration for model_type 'unheard_of'"):
@@ -138,12 +138,6 @@ def test_engine_arguments_go_to_the_diffusion_stages_of_a_file(tmp_path: Path) -
         resolve({"stage_configs_path": write(tmp_path, [{**plain, "engine_input_source": []}])})
 
 
-def test_ar_stages_are_refused_for_now(tmp_path: Path) -> None:
-    stages = [{"stage_id": 0, "stage_type": "llm", "final_output": True, "engine_args": {"model": "m"}}]
-    with pytest.raises(ConfigError, match="stage_type='ar' comes with AR stages"):
-        resolve({"stage_configs_path": write(tmp_path, stages)})
-
-
 def test_the_engine_of_a_diffusion_stage_is_the_diffusion_engine() -> None:
     from vllm_omni.engine.stage_engine import StageEngine
     from vllm_omni.engine.stage_process import load_class
@@ -157,7 +151,7 @@ def test_runtime_reaches_the_engine(tmp_path: Path) -> None:
         (state,) = omni.collective_rpc("arguments")
     assert (state["devices"], state["max_num_seqs"]) == ("0", 3)
     stages[0]["engine_args"]["max_num_seqs"] = 4
-    with pytest.raises(ConfigError, match="engine_args.max_num_seqs=4 but runtime says 3"):
+    with pytest.raises(ConfigError, match=r"engine_args\.max_num_seqs=4 but runtime says 3"):
         Omni(stage_configs_path=write(tmp_path, stages))
 
 
@@ -203,26 +197,20 @@ def test_log_stats(tmp_path: Path, log: list[str]) -> None:
 def test_batch_timeout_gathers_a_batch(tmp_path: Path) -> None:
     path = write(tmp_path, chain(1, engine={"report": True}, runtime={"max_batch_size": 2}))
 
-    def batches(omni: Omni) -> list[int]:
-        first = omni.generate(ask(), py_generator=True, use_tqdm=False)
-        (state,) = omni.collective_rpc("state")
-        del first
-        return list(state["batches"])
-
-    with Omni(stage_configs_path=path, batch_timeout=0.3) as omni:
+    with Omni(stage_configs_path=path, batch_timeout=0.6) as omni:
         began = time.monotonic()
         omni.generate("alone", use_tqdm=False)
-        assert time.monotonic() - began >= 0.3, "an idle stage waits for a second request"
+        assert time.monotonic() - began >= 0.6, "an idle stage waits for a second request"
         began = time.monotonic()
         outputs = omni.generate(["a", "b"], use_tqdm=False)
-        assert time.monotonic() - began < 0.3, "a full batch does not wait"
+        assert time.monotonic() - began < 0.6, "a full batch does not wait"
         assert isinstance(outputs, list)
         assert [output.multimodal_output["seen"]["batch"] for output in outputs] == [2, 2]
-        assert batches(omni) == [1, 2]
+        assert omni.collective_rpc("state")[0]["batches"] == [1, 2]
     with Omni(stage_configs_path=path) as omni:
         began = time.monotonic()
         omni.generate("alone", use_tqdm=False)
-        assert time.monotonic() - began < 0.3
+        assert time.monotonic() - began < 0.6
 
 
 @pytest.mark.parametrize("given", [{"0": {"seed": 9}}, '{"0": {"seed": 9}}', {0: {"seed": 9}}])
@@ -256,5 +244,4 @@ def test_shm_threshold_bytes(tmp_path: Path, threshold: int, shared: bool) -> No
 
 
 def test_every_argument_is_documented() -> None:
-    assert set(field_docs(OmniArgs)) == {field for field in OmniArgs.__dataclass_fields__}
-    assert NOOP.endswith("NoopStage")
+    assert set(field_docs(OmniArgs)) == set(OmniArgs.__dataclass_fields__)

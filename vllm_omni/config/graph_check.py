@@ -22,6 +22,8 @@ def check_graph(config: PipelineConfig, where: Callable[[str], str]) -> None:
         _check_stage(config, stage, paths[stage.stage_id], where)
     _check_cycles(config, paths, where)
     _check_ends(config, paths, where)
+    for stage in config.stages:
+        _check_connectors(config, stage, paths[stage.stage_id], where)
     _check_flow(config, where)
 
 
@@ -69,7 +71,6 @@ def _check_stage(config: PipelineConfig, stage: StageConfig, path: str, where: C
             f"{where(f'{path}.is_comprehension')}: only an ar stage reads text, this is a {stage.stage_type} stage",
             field="is_comprehension",
         )
-    _check_connectors(config, stage, path, where)
 
 
 def _check_connectors(config: PipelineConfig, stage: StageConfig, path: str, where: Callable[[str], str]) -> None:

@@ -11,6 +11,7 @@ from vllm_omni.config.stage import ConnectorConfig
 from vllm_omni.distributed.omni_connectors.base import OmniConnectorBase
 from vllm_omni.distributed.omni_connectors.shared_memory import SharedMemoryConnector
 from vllm_omni.errors import ConfigError
+from vllm_omni.inputs.edge import EDGE_SETTINGS
 
 ConnectorMaker = Callable[..., OmniConnectorBase]
 
@@ -43,9 +44,11 @@ class OmniConnectorFactory:
         maker = cls.maker(config.name)
         known = inspect.signature(maker).parameters
         for key in config.extra:
-            if key not in known:
-                raise ConfigError(f"{config.name}: unknown argument {key!r}{nearest(key, list(known))}", field=key)
-        return maker(**config.extra)
+            if key not in known and key not in EDGE_SETTINGS:
+                raise ConfigError(
+                    f"{config.name}: unknown argument {key!r}{nearest(key, {*known, *EDGE_SETTINGS})}", field=key
+                )
+        return maker(**{key: value for key, value in config.extra.items() if key in known})
 
     @classmethod
     def maker(cls, name: str) -> ConnectorMaker:

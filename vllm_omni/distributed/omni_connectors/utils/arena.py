@@ -124,6 +124,7 @@ class Arena:
         self._pool_bytes = pool_bytes
         self._free: defaultdict[int, list[_Segment]] = defaultdict(list)
         self._busy: list[_Segment] = []
+        self._own: dict[int, _Segment] = {}
         self._mapped: dict[tuple[int, int, int], _Segment] = {}
         self._closed = False
 
@@ -161,7 +162,7 @@ class Arena:
         pooled = sum(size * len(segments) for size, segments in self._free.items())
         for size in sorted(self._free, reverse=True):
             while pooled > self._pool_bytes and self._free[size]:
-                self._free[size].pop(0).retire()
+                self._retire(self._free[size].pop(0))
                 pooled -= size
 
     def _take(self, nbytes: int) -> _Segment:
@@ -172,7 +173,12 @@ class Arena:
             return self._free[size].pop()
         fd = os.memfd_create("omni-payload", os.MFD_CLOEXEC)
         os.ftruncate(fd, size)
-        return _Segment(fd, size)
+        self._own[fd] = _Segment(fd, size)
+        return self._own[fd]
+
+    def _retire(self, segment: _Segment) -> None:
+        del self._own[segment.fd]
+        segment.retire()
 
     # ---------------------------------------------------------------- readers
 
@@ -212,6 +218,8 @@ class Arena:
         return segment
 
     def _find(self, ref: Ref) -> _Segment | None:
+        if ref.pid == self._pid and ref.fd in self._own:
+            return self._own[ref.fd]
         key = (ref.pid, ref.fd, ref.inode)
         if key not in self._mapped:
             segment = self._map(ref)
@@ -249,7 +257,7 @@ class Arena:
         """Give every segment up. Views that others still hold stay valid. Idempotent."""
         self._closed = True
         for segment in [*self._busy, *(s for segments in self._free.values() for s in segments)]:
-            segment.retire()
+            self._retire(segment)
         self._busy = []
         self._free.clear()
         self._mapped.clear()
