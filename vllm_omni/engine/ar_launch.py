@@ -40,6 +40,8 @@ class ARStageSpec:
     """As in the stage configuration, with ``devices`` from its ``runtime``."""
     threshold: int = 65536
     """Tensors of its outputs above this many bytes go to shared memory."""
+    final_output: bool = True
+    """Whether the caller gets its text."""
 
     def config(self) -> VllmConfig:
         """The checked configuration.

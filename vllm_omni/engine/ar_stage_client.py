@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -148,6 +149,9 @@ class ARStageClient(StageClient):
         self, inputs: OmniInputProcessor, request_id: str, prompt: Any, params: Any, last: bool, read: bool
     ) -> None:
         parts = StagePrompt.of(prompt)
+        if not self._handle.spec.final_output:
+            params = params.clone()
+            params.output_kind, params.detokenize = RequestOutputKind.FINAL_ONLY, bool(params.stop)
         if not read:
             parts = replace(parts, emit=False)
         request = _Open(time.monotonic())

@@ -11,17 +11,15 @@ from typing import Any, TypeAlias
 
 from vllm_omni import envs
 from vllm_omni.config.stage import PipelineConfig
-from vllm_omni.distributed.omni_connectors.factory import stage_threshold
 from vllm_omni.distributed.omni_connectors.utils.arena import Arena
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.entrypoints import omni_args
 from vllm_omni.entrypoints.orchestrator import Orchestrator
 from vllm_omni.entrypoints.params import default_params, params_for
 from vllm_omni.entrypoints.results import build_output
+from vllm_omni.entrypoints.running_stages import RunningStages, start_stages
 from vllm_omni.entrypoints.sinks import AsyncSink
-from vllm_omni.entrypoints.stage_client import ProcessStageClient
 from vllm_omni.entrypoints.stage_graph import StageGraph
-from vllm_omni.entrypoints.stage_launch import StageHandle, StageSpec, end, launch_all
 from vllm_omni.errors import RequestError, StageDeadError
 from vllm_omni.inputs.data import OmniPromptType, OmniSamplingParams
 from vllm_omni.logger import init_logger
@@ -58,10 +56,9 @@ class AsyncOmni:
         self._defaults = default_params(pipeline)
         self._arena = Arena()
         codec = Codec(self._arena, args.shm_threshold_bytes)
-        specs = [_spec(self._setup, stage_id) for stage_id in self._defaults]
-        self._handles = launch_all(specs, codec, args.stage_init_timeout, args.init_timeout)
-        self._finalizer = weakref.finalize(self, _end_all, self._handles, self._arena)
-        self._clients = {handle.spec.stage_id: ProcessStageClient(handle, codec) for handle in self._handles}
+        stages = start_stages(self._setup, codec)
+        self._finalizer = weakref.finalize(self, _end_all, stages, self._arena)
+        self._clients = stages.clients(codec)
         self._orchestrator = Orchestrator(self._graph, self._clients)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._attaching: asyncio.Task[None] | None = None
@@ -160,7 +157,7 @@ class AsyncOmni:
     @property
     def num_stages(self) -> int:
         """Number of stages."""
-        return len(self._handles)
+        return len(self._clients)
 
     @property
     def default_sampling_params_list(self) -> list[OmniSamplingParams]:
@@ -281,21 +278,6 @@ def _sort_arguments(
     return (names[0] if names else None), (params[0] if params else None)
 
 
-def _spec(setup: omni_args.OmniSetup, stage_id: int) -> StageSpec:
-    stage = next(stage for stage in setup.pipeline.stages if stage.stage_id == stage_id)
-    connectors = [
-        setup.pipeline.connector(stage_id, int(edge.removeprefix("to_stage_"))) for edge in stage.output_connectors
-    ]
-    return StageSpec(
-        stage_id,
-        omni_args.engine_class(stage),
-        omni_args.stage_engine_args(stage),
-        stage_threshold(stage_id, [c for c in connectors if c is not None], setup.args.shm_threshold_bytes),
-        setup.args.batch_timeout,
-        stage.runtime.max_batch_size or 64,
-    )
-
-
 def _log_devices(pipeline: PipelineConfig) -> None:
     rows = omni_args.device_table(pipeline)
     if rows:
@@ -303,6 +285,6 @@ def _log_devices(pipeline: PipelineConfig) -> None:
         logger.info("devices of the stages:\n%s", "\n".join(["stage  logical     CUDA_VISIBLE_DEVICES entry", *lines]))
 
 
-def _end_all(handles: list[StageHandle], arena: Arena) -> None:
-    end(handles)
+def _end_all(stages: RunningStages, arena: Arena) -> None:
+    stages.close()
     arena.close()

@@ -8,12 +8,14 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm_omni.config.stage import PipelineConfig
 from vllm_omni.entrypoints.async_omni import AsyncOmni, SamplingParamsArg
-from vllm_omni.entrypoints.params import with_negative
+from vllm_omni.entrypoints.params import whole_answers, with_negative
 from vllm_omni.entrypoints.progress import Progress
+from vllm_omni.entrypoints.results import join
 from vllm_omni.entrypoints.sinks import EventQueue, QueueSink
 from vllm_omni.errors import OmniError, RequestError, StageDeadError
 from vllm_omni.inputs.data import OmniPromptType, OmniSamplingParams
@@ -57,8 +59,8 @@ class Omni:
         Args:
             prompts: one prompt or a list.
             sampling_params_list: one set for all stages of its class, or one per stage; or ``sampling_params=``.
-            py_generator: return a generator that yields outputs in the order in which they are made, instead of a
-                list in the order of the prompts (and of the stages, where several make output).
+            py_generator: return a generator that yields outputs in the order in which they are made, pieces of text
+                and sound included, instead of a list with one output a prompt and final stage.
             use_tqdm: show a progress bar: of steps for one prompt, of prompts for several; or a function to make one.
             negative_prompts: one for all prompts, or one each.
             output_modalities: kinds of output wanted, such as ``["text"]``. Default: all that the model makes.
@@ -80,6 +82,8 @@ class Omni:
             self._request(prompt, index, params, loose, output_modalities, timeout)
             for index, prompt in enumerate(with_negative(many, negative_prompts))
         ]
+        if not py_generator:
+            requests = [_whole(request) for request in requests]
         run = self._outputs(requests, Progress(use_tqdm, len(many)))
         if py_generator:
             return (output for _, output in run)
@@ -88,9 +92,9 @@ class Omni:
             for index, output in run:
                 ordered[index].append(output)
         except OmniError as error:
-            error.outputs = [output for outputs in ordered for output in outputs]
+            error.outputs = [output for outputs in ordered for output in join(outputs)]
             raise
-        return [output for outputs in ordered for output in sorted(outputs, key=lambda output: output.stage_id or 0)]
+        return [o for outputs in ordered for o in sorted(join(outputs), key=lambda output: output.stage_id or 0)]
 
     def _request(self, prompt: Any, index: int, params: Any, *rest: Any) -> OmniRequest | OmniError:
         try:
@@ -196,6 +200,12 @@ class Omni:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _whole(request: OmniRequest | OmniError) -> OmniRequest | OmniError:
+    if isinstance(request, OmniError):
+        return request
+    return replace(request, sampling_params=whole_answers(request.sampling_params))
 
 
 def _close(engine: AsyncOmni, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

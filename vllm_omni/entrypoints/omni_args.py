@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_omni import envs
 from vllm_omni.config.schema import nearest, parse
 from vllm_omni.config.stage import PipelineConfig, Row, StageConfig, load_stage_configs, single_diffusion_stage
 from vllm_omni.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm_omni.engine.ar_launch import ARStageSpec
 
 STAGE_CONFIGS = Path(__file__).parent.parent / "model_executor" / "stage_configs"
 DIFFUSION_ENGINE = "vllm_omni.diffusion.diffusion_engine.DiffusionEngine"
@@ -74,7 +77,7 @@ class OmniSetup:
         out: list[Row] = [(name, value, self.sources.get(name, "default")) for name, value in own]
         out.extend(self.pipeline.rows())
         for index, stage in enumerate(self.pipeline.stages):
-            if engine_class(stage) == DIFFUSION_ENGINE:
+            if not runs_on_vllm(stage) and engine_class(stage) == DIFFUSION_ENGINE:
                 out.extend(_diffusion_defaults(stage, f"stage_args[{index}].engine_args"))
         return out
 
@@ -120,20 +123,31 @@ def default_model() -> str:
 
 
 def engine_class(stage: StageConfig) -> str:
-    """Qualified name of the ``StageEngine`` of a stage.
-
-    Raises:
-        ConfigError: the stage type has none yet.
-    """
+    """Qualified name of the ``StageEngine`` of a stage that does not run on vLLM."""
     if "engine_cls" in stage.engine_args:
         return str(stage.engine_args["engine_cls"])
-    if stage.stage_type == "diffusion":
-        return DIFFUSION_ENGINE
-    raise ConfigError(
-        f"stage {stage.stage_id}: stage_type={stage.stage_type!r} comes with AR stages; diffusion stages run, and "
-        "engine_args.engine_cls may name a StageEngine",
-        field="stage_type",
-    )
+    return DIFFUSION_ENGINE
+
+
+def runs_on_vllm(stage: StageConfig) -> bool:
+    """Whether the stage is an engine of vLLM's and not one of ours."""
+    return stage.stage_type != "diffusion" and "engine_cls" not in stage.engine_args
+
+
+def ar_specs(stages: Sequence[StageConfig], thresholds: Sequence[int]) -> list[ARStageSpec]:
+    """What vLLM's engines of ``stages`` are started with."""
+    from vllm_omni.engine.ar_launch import ARStageSpec
+
+    return [
+        ARStageSpec(
+            stage.stage_id,
+            "generation" if stage.stage_type == "generation" else "ar",
+            stage_engine_args(stage),
+            threshold,
+            stage.final_output,
+        )
+        for stage, threshold in zip(stages, thresholds, strict=True)
+    ]
 
 
 def _engine_args(rest: Mapping[str, Any]) -> dict[str, Any]:

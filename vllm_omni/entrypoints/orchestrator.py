@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vllm_omni.distributed.omni_connectors.utils.serialization import leaf_refs
+from vllm_omni.entrypoints.results import shown_part
 from vllm_omni.entrypoints.stage_client import StageClient, StageOutput
 from vllm_omni.entrypoints.stage_graph import StageGraph, StageNode
 from vllm_omni.errors import OmniError, RequestAborted, StageDeadError, StageError, from_wire
@@ -242,11 +243,12 @@ class Orchestrator:
             self._leave(flow, stage_id, visit)
         targets = [target for target in node.targets if target in flow.needed]
         final = node.final_output and self._graph.wanted(node, flow.request.output_modalities)
-        if len(targets) + final > 1:
+        shown = shown_part(output.data, output.finished) if final else None
+        if len(targets) + (shown is not None and any(leaf_refs(shown))) > 1:
             for leaf in leaf_refs(output.data):
                 leaf.shared = True
-        if final:
-            flow.sink.on_output(stage_id, output.data, output.finished, flow.metrics())
+        if shown is not None:
+            flow.sink.on_output(stage_id, shown, output.finished, flow.metrics())
         for target in targets:
             if flow.key in self._flows:
                 self._feed(flow, stage_id, target, output)
@@ -305,7 +307,9 @@ class Orchestrator:
     def _cross(self, flow: _Flow, node: StageNode, inbox: _Inbox, last: bool) -> None:
         outputs, inbox.pending = inbox.pending, {source: [] for source in inbox.pending}
         params = flow.request.sampling_params[node.stage_id]
-        edge = EdgeInput(flow.key, outputs, flow.request.prompt, params, inbox.calls, last, inbox.carry)
+        edge = EdgeInput(
+            flow.key, outputs, flow.request.prompt, params, inbox.calls, last, inbox.carry, node.extra, node.config
+        )
         prompt = node.process_input(edge)
         inbox.calls += 1
         if prompt is None and not (last and node.stage_id in flow.visits):

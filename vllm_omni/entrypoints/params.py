@@ -83,6 +83,19 @@ def params_for(
     return out
 
 
+def whole_answers(params: Mapping[int, OmniSamplingParams]) -> dict[int, OmniSamplingParams]:
+    """The same, with each text given once, when it is complete."""
+    out = dict(params)
+    for stage_id, given in params.items():
+        if not isinstance(given, OmniDiffusionSamplingParams):
+            from vllm.sampling_params import RequestOutputKind
+
+            copy = given.clone()
+            copy.output_kind = RequestOutputKind.FINAL_ONLY
+            out[stage_id] = copy
+    return out
+
+
 def _fold(out: dict[int, OmniSamplingParams], loose: Mapping[str, Any]) -> None:
     known = {spec.name for spec in fields(OmniDiffusionSamplingParams)}
     folded = False

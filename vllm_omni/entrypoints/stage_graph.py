@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm_omni.config.stage import PipelineConfig, StageConfig
 from vllm_omni.errors import ConfigError, RequestError
@@ -26,6 +27,10 @@ class StageNode:
     """By source: how many of its outputs are handed over together; -1 means all at its end."""
     max_inflight: int | None = None
     """Requests that may be in the stage at once; more wait in the driver."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Settings for ``process_input``: ``extra`` of the connectors that feed the stage."""
+    config: Any = None
+    """The checkpoint's configuration, for ``process_input``."""
 
 
 class StageGraph:
@@ -48,7 +53,13 @@ class StageGraph:
         for stage in config.stages:
             for source in stage.engine_input_source:
                 targets[source].append(stage.stage_id)
-        return cls([_node(config, stage, tuple(targets[stage.stage_id])) for stage in config.stages])
+        checkpoints = _checkpoint_configs(config)
+        return cls(
+            [
+                _node(config, stage, tuple(targets[stage.stage_id]), checkpoints.get(stage.engine_args.get("model")))
+                for stage in config.stages
+            ]
+        )
 
     def node(self, stage_id: int) -> StageNode:
         """The node of a stage."""
@@ -89,7 +100,24 @@ class StageGraph:
         return frozenset(needed)
 
 
-def _node(config: PipelineConfig, stage: StageConfig, targets: tuple[int, ...]) -> StageNode:
+def _checkpoint_configs(config: PipelineConfig) -> dict[Any, Any]:
+    """What transformers reads of each checkpoint that more than one stage on vLLM is a part of."""
+    on_vllm = [
+        stage for stage in config.stages if stage.stage_type != "diffusion" and "engine_cls" not in stage.engine_args
+    ]
+    if len(on_vllm) < 2:
+        return {}
+    from vllm.transformers_utils.config import get_config
+
+    models = {(s.engine_args["model"], bool(s.engine_args.get("trust_remote_code"))) for s in on_vllm}
+    try:
+        return {model: get_config(model, trust_remote_code=trust) for model, trust in models}
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model: {error}", field="model") from error
+
+
+def _node(config: PipelineConfig, stage: StageConfig, targets: tuple[int, ...], checkpoint: Any) -> StageNode:
+    feeding = [config.connector(source, stage.stage_id) for source in stage.engine_input_source]
     return StageNode(
         stage_id=stage.stage_id,
         sources=stage.engine_input_source,
@@ -99,6 +127,8 @@ def _node(config: PipelineConfig, stage: StageConfig, targets: tuple[int, ...]) 
         process_input=_function(stage.custom_process_input_func) if stage.custom_process_input_func else pass_on,
         windows={source: config.window(source, stage.stage_id) for source in stage.engine_input_source},
         max_inflight=config.runtime.defaults.max_inflight,
+        extra={key: value for connector in feeding if connector is not None for key, value in connector.extra.items()},
+        config=checkpoint,
     )
 
 

@@ -44,6 +44,9 @@ class EdgeInput:
     """The checkpoint's configuration as transformers reads it, where the stages are parts of one checkpoint."""
 
 
+EDGE_SETTINGS = frozenset({"codec_chunk_frames", "initial_codec_chunk_frames", "codec_left_context_frames"})
+"""Keys of a connector's ``extra`` that are for edge functions (``EdgeInput.extra``) and not for the connector."""
+
 EdgeFunction = Callable[[EdgeInput], Any]
 """Returns the prompt of the receiving stage's next chunk, or None to send nothing this time. None from the last call
 of a request that had chunks before closes the stream; None from the only call means that the stage is not needed."""

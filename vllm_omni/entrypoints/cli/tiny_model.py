@@ -19,20 +19,27 @@ def tiny_model(
     It has the files, names and shapes of a released checkpoint, and draws noise: it is for tests, for trying the
     commands, and for people who add a model.
     """
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+    from vllm_omni.diffusion.tiny_models import FAMILIES
 
-    from vllm_omni.diffusion.tiny_models import FAMILIES, make_tiny_model
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
     if family not in FAMILIES:
         raise RequestError(f"no family {family!r}; there are {', '.join(FAMILIES)}", field="family")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RequestError(f"{folder} is not an empty folder", field="folder")
-    make_tiny_model(family, folder, seed=seed)
+    write_tiny_model(family, folder, seed)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     typer.echo(f"{folder}: tiny random {family} checkpoint, {size / 1e6:.1f} MB")
+
+
+def write_tiny_model(family: str, folder: Path, seed: int) -> None:
+    """``make_tiny_model`` without the progress bars of the libraries that write the files."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from vllm_omni.diffusion.tiny_models import make_tiny_model
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    make_tiny_model(family, folder, seed=seed)
 
 
 def register(app: typer.Typer) -> None:
