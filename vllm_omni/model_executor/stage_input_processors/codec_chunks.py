@@ -26,6 +26,8 @@ class ChunkSchedule:
     """New frames in the first window."""
     codec_left_context_frames: int = 25
     """Frames before the new ones that are sent again."""
+    codec_right_context_frames: int = 0
+    """Frames after the new ones that a window of a running stream waits for, for vocoders that look ahead."""
 
     @classmethod
     def of(cls, extra: Mapping[str, Any], **defaults: int) -> ChunkSchedule:
@@ -36,7 +38,7 @@ class ChunkSchedule:
         """
         values = {**defaults, **{key: extra[key] for key in KEYS if key in extra}}
         for key, value in values.items():
-            lowest = 0 if key == "codec_left_context_frames" else 1
+            lowest = 0 if key.endswith("_context_frames") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ConfigError(f"connector extra: {key}={value!r}: a count from {lowest} is needed", field=key)
         schedule = cls(**values)
@@ -79,23 +81,22 @@ class FrameStream(Generic[Frame]):
         self.done = 0
         self.windows = 0
 
-    def take(
-        self, new: Sequence[Frame], schedule: ChunkSchedule, last: bool, lookahead: int = 0
-    ) -> Window[Frame] | None:
+    def take(self, new: Sequence[Frame], schedule: ChunkSchedule, last: bool, align: int = 1) -> Window[Frame] | None:
         """Add ``new`` frames; the next window if enough have come (with ``last``: if any is left), else None.
 
         Args:
             new: frames that follow those before.
             schedule: sizes.
             last: whether the stream ends here.
-            lookahead: frames after the new ones that a window of a running stream needs.
+            align: windows start at multiples of this, for vocoders that see frames in blocks.
         """
         self.frames.extend(new)
-        end = len(self.frames) if last else len(self.frames) - lookahead
+        lookahead = 0 if last else schedule.codec_right_context_frames
+        end = len(self.frames) - lookahead
         fresh = end - self.done
         if fresh < (1 if last else schedule.size(self.windows)):
             return None
-        start = max(0, self.done - schedule.codec_left_context_frames)
+        start = max(0, self.done - schedule.codec_left_context_frames) // align * align
         window = Window(self.frames[start : end + lookahead], start, self.done - start, fresh)
         self.done, self.windows = end, self.windows + 1
         return window

@@ -18,7 +18,7 @@ a decode step adds two rows of the talker's width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -92,11 +92,12 @@ class Qwen2_5OmniTalkerStage(nn.Module):
     - ``prompt_hidden``, ``prompt_embeds``: [L, E] final states and embeddings of the thinker's prompt.
     - ``prompt_token_ids``: the thinker's L prompt tokens.
     - ``positions``: [L, 3] rotary positions of the thinker's prompt.
-    - ``reply_hidden``, ``reply_embeds``: [k, E] the same of the first tokens of its reply; later chunks have more.
+    - ``reply_hidden``, ``reply_embeds``: lists of [k, E], the same of the first tokens of its reply, one at
+      least; later chunks have more.
     - ``speaker``: name of the voice.
 
-    The prompt is L + 2 tokens, codec mask, then codec pad and codec start (``talker_prompt``): the repetition penalty
-    looks at them. ``model.embed_tokens`` holds the projected codec table.
+    The prompt is L + 2 tokens, codec mask, then codec pad and codec start: the repetition penalty looks at them.
+    ``model.embed_tokens`` holds the projected codec table.
     """
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
@@ -179,8 +180,9 @@ class Qwen2_5OmniTalkerStage(nn.Module):
         self._read_chunks([state])
         cut = max(0, min(state.prompt_len - pos, len(rows)))
         rows[:cut] = state.model["prompt"][pos : pos + cut].to(rows.dtype)
-        for i in range(cut, len(rows)):
-            rows[i] += self._reply_row(state, pos + i - state.prompt_len)
+        if cut < len(rows):
+            first = pos + cut - state.prompt_len
+            rows[cut:] += torch.stack([self._reply_row(state, first + i) for i in range(len(rows) - cut)])
 
     def omni_embed_decode(self, states: Sequence[OmniRequestState], step_idx: Sequence[int]) -> torch.Tensor:
         """Rows [B, hidden] of single decode steps."""
@@ -201,13 +203,25 @@ class Qwen2_5OmniTalkerStage(nn.Module):
         weight = self.thinker_to_talker_proj.weight
         return self.thinker_to_talker_proj(hidden.to(weight.dtype) + embeds.to(weight.dtype))
 
+    def _joined(self, payload: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """``reply_hidden`` and ``reply_embeds`` of a payload, [k, E] each."""
+        out = []
+        for name in ("reply_hidden", "reply_embeds"):
+            parts = payload.get(name)
+            if not isinstance(parts, list) or not parts:
+                raise RequestError(f"payload {name!r} must be a list of tensors", field=name)
+            shape = (None, self.config.embedding_size)
+            out.append(torch.cat([check_tensor({name: part}, name, shape) for part in parts]))
+        if len(out[0]) != len(out[1]):
+            raise RequestError(f"{len(out[0])} rows of states, {len(out[1])} of embeddings", field="reply_embeds")
+        return out[0], out[1]
+
     def _prompt_rows(self, state: OmniRequestState) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Rows of the prompt [L + 2, hidden], and of the reply's tokens after the first."""
         length, width = state.prompt_len - 2, self.config.embedding_size
         hidden = state.tensor("prompt_hidden", (length, width))
         embeds = state.tensor("prompt_embeds", (length, width))
-        reply_hidden = state.tensor("reply_hidden", (None, width))
-        reply = self._project(reply_hidden, state.tensor("reply_embeds", tuple(reply_hidden.shape)))
+        reply = self._project(*self._joined(state.info))
         tokens = state.info.get("prompt_token_ids")
         if not isinstance(tokens, list) or len(tokens) != length:
             raise RequestError(f"prompt_token_ids must be a list of {length} tokens", field="prompt_token_ids")
@@ -215,8 +229,6 @@ class Qwen2_5OmniTalkerStage(nn.Module):
         is_media = torch.tensor([token in media for token in tokens], device=hidden.device)
         voice = self.voices.pick(state.info.get("speaker"))
         opening = self.marker_rows[list(self.voices).index(voice.name)]
-        # A thinker that said nothing leaves the text end to start with.
-        first = reply[0] if len(reply) else self.marker_rows[-2]
         pad, start = self.embed_input_ids(
             torch.tensor(
                 [self.config.tts_codec_pad_token_id, self.config.tts_codec_start_token_id], device=hidden.device
@@ -225,23 +237,26 @@ class Qwen2_5OmniTalkerStage(nn.Module):
         prompt = self._project(hidden, embeds.masked_fill(is_media[:, None], 0))
         for name in ("prompt_hidden", "prompt_embeds", "reply_hidden", "reply_embeds"):
             del state.info[name]
-        return torch.cat([prompt, (opening + pad)[None], (first + start)[None]]), list(reply[1:].unbind())
+        return torch.cat([prompt, (opening + pad)[None], (reply[0] + start)[None]]), list(reply[1:].unbind())
 
     def _read_chunks(self, states: Sequence[OmniRequestState]) -> None:
         """Project the thinker's rows that have arrived, all requests' in one product."""
-        fed = [(state, chunk) for state in states for chunk in state.chunks]
-        if not fed:
-            return
-        width = self.config.embedding_size
-        parts = [
-            (check_tensor(c, "reply_hidden", (None, width)), check_tensor(c, "reply_embeds", (None, width)))
-            for _, c in fed
-        ]
-        rows = self._project(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
-        for (state, _), own in zip(fed, rows.split([len(p[0]) for p in parts]), strict=True):
-            state.model["reply"].extend(own.unbind())
+        owners: list[OmniRequestState] = []
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         for state in states:
-            state.chunks.clear()
+            chunks, state.chunks = state.chunks, []
+            try:
+                joined = [self._joined(chunk) for chunk in chunks]
+            except RequestError as error:
+                state.error = error
+                continue
+            parts += joined
+            owners += [state] * len(joined)
+        if not owners:
+            return
+        rows = self._project(torch.cat([hidden for hidden, _ in parts]), torch.cat([embeds for _, embeds in parts]))
+        for state, own in zip(owners, rows.split([len(hidden) for hidden, _ in parts]), strict=True):
+            state.model["reply"].extend(own.unbind())
 
     def _reply_row(self, state: OmniRequestState, step: int) -> torch.Tensor:
         reply = state.model["reply"]
@@ -285,11 +300,6 @@ class Qwen2_5OmniTalkerStage(nn.Module):
             "model.embed_tokens.weight",
             "marker_rows",
         }
-
-
-def talker_prompt(length: int, config: Any) -> list[int]:
-    """Placeholder tokens of a prompt after ``length`` thinker tokens; ``config`` is the talker's."""
-    return [config.tts_codec_mask_token_id] * length + [config.tts_codec_pad_token_id, config.tts_codec_start_token_id]
 
 
 def _suppressed(config: Any, token2wav: Any) -> torch.Tensor:

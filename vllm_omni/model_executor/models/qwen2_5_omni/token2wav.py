@@ -18,7 +18,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -28,6 +27,7 @@ from vllm_omni.model_executor.models.qwen2_5_omni.bigvgan import BigVGAN
 from vllm_omni.model_executor.models.qwen2_5_omni.dit import CodecDiT
 from vllm_omni.model_executor.models.qwen2_5_omni.flow import FlowInput, FlowSettings, MelSampler
 from vllm_omni.model_executor.models.qwen2_5_omni.voices import Voice, load_voices
+from vllm_omni.model_executor.models.utils import OnePassModel
 
 SAMPLE_RATE = 24000
 _PREFIX = "token2wav."
@@ -40,7 +40,7 @@ _VOCODER_FRAMES = 8192
 class _Window:
     """One checked request."""
 
-    codes: torch.Tensor
+    codes: list[int]
     voice: Voice
     offset: int
     keep: tuple[int, int]
@@ -48,10 +48,10 @@ class _Window:
     flow: FlowSettings
 
 
-class Qwen2_5OmniToken2WavModel(nn.Module):
+class Qwen2_5OmniToken2WavModel(OnePassModel):
     """The generation stage. Payload of a request:
 
-    - ``codes``: [T] int64, codes of the window.
+    - ``codes``: list of T codes of the window.
     - ``speaker``: name of the voice, default ``Chelsie``.
     - ``offset``: codes of the utterance before the window, default 0.
     - ``keep``: (begin, end) codes within the window whose sound is returned, default all.
@@ -124,22 +124,22 @@ class Qwen2_5OmniToken2WavModel(nn.Module):
 
     def omni_warm_up(self, max_num_seqs: int) -> None:
         """Compute what each voice and the default time points add, and run one short window."""
-        for name in self.voices:
-            state = OmniRequestState("warm-up", 1, info={"codes": torch.zeros(24, dtype=torch.int64), "speaker": name})
-            self.omni_generate([state])
+        device = self.code2wav_dit_model.proj_out.weight.device
+        for voice in self.voices.values():
+            self._rows_of(voice, device)
+        self.omni_generate([OmniRequestState("warm-up", 1, info={"codes": [0] * 24})])
 
     def _window(self, state: OmniRequestState) -> _Window:
-        codes = state.tensor("codes", (None,)).long()
-        low, high = torch.stack(codes.aminmax()).tolist() if len(codes) else (0, 0)
+        codes = state.info.get("codes")
         limit = self.code2wav_dit_model.num_codes
-        if low < 0 or high >= limit:
-            raise RequestError(f"codes reach from {low} to {high}", field="codes", allowed=f"0 to {limit - 1}")
+        if not isinstance(codes, list) or not all(isinstance(c, int) and 0 <= c < limit for c in codes):
+            raise RequestError("codes must be a list of codec tokens", field="codes", allowed=f"0 to {limit - 1}")
         offset, keep = state.info.get("offset", 0), tuple(state.info.get("keep", (0, len(codes))))
         if offset < 0 or not 0 <= keep[0] <= keep[1] <= len(codes):
             raise RequestError(f"offset={offset}, keep={keep} for {len(codes)} codes", field="keep")
-        limit = self.config.dit_config.max_position_embeddings
-        if len(codes) * self.repeats > limit:
-            raise RequestError(f"{len(codes)} codes are too many", field="codes", allowed=f"{limit // self.repeats}")
+        longest = self.config.dit_config.max_position_embeddings // self.repeats
+        if len(codes) > longest:
+            raise RequestError(f"{len(codes)} codes are too many", field="codes", allowed=f"up to {longest}")
         flow = FlowSettings(**{f.name: state.info[f.name] for f in fields(FlowSettings) if f.name in state.info})
         flow.validate()
         voice = self.voices.pick(state.info.get("speaker"))
@@ -148,11 +148,8 @@ class Qwen2_5OmniToken2WavModel(nn.Module):
     def _flow_input(self, window: _Window) -> FlowInput:
         dit = self.code2wav_dit_model
         device = dit.proj_out.weight.device
-        if window.voice.name not in self._voice_rows:
-            voice = window.voice
-            self._voice_rows[voice.name] = dit.voice_vectors(voice.ref_mel.to(device), voice.speaker.to(device))
-        voiced, plain = self._voice_rows[window.voice.name]
-        codes = window.codes.to(device)
+        voiced, plain = self._rows_of(window.voice, device)
+        codes = torch.tensor(window.codes, device=device)
         # On the CPU, and from the utterance's first frame, so that neither device nor window changes the noise.
         generator = torch.Generator().manual_seed(window.seed)
         start, count = window.offset * self.repeats, len(codes) * self.repeats
@@ -160,6 +157,13 @@ class Qwen2_5OmniToken2WavModel(nn.Module):
         return FlowInput(
             voiced + dit.code_rows(codes), plain + dit.code_rows(torch.zeros_like(codes)), noise.to(device)
         )
+
+    def _rows_of(self, voice: Voice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a voice adds to every frame; computed once."""
+        if voice.name not in self._voice_rows:
+            rows = self.code2wav_dit_model.voice_vectors(voice.ref_mel.to(device), voice.speaker.to(device))
+            self._voice_rows[voice.name] = rows
+        return self._voice_rows[voice.name]
 
     def _vocode(self, mels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Waveform of each mel spectrogram [F, mel_dim]; those of equal length run together."""
