@@ -41,9 +41,9 @@ def main() -> None:
     print(f'Drawing "{args.prompt}", {args.size} x {args.size}, {args.steps} steps')
     with tempfile.TemporaryDirectory(prefix="vllm-omni-demo-") as folder:
         with timed("write a tiny checkpoint with random weights", seconds):
-            from vllm_omni.diffusion.tiny_models import make_tiny_model
+            from vllm_omni.entrypoints.cli.tiny_model import write_tiny_model
 
-            make_tiny_model("flux", Path(folder), seed=0)
+            write_tiny_model("flux", Path(folder), seed=0)
         with timed("start the stage and load the model", seconds):
             from vllm_omni import Omni, OmniDiffusionSamplingParams
 

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 USAGE_STATUS = 2
 FAILURE_STATUS = 1
+INTERRUPTED_STATUS = 130
 BAD_INPUT = (typer.TyperException, ConfigError, RequestError, FileNotFoundError)
 
 
@@ -67,15 +68,16 @@ def build_app(wanted: str | None) -> typer.Typer:
 
 
 def _message(error: Exception) -> str:
+    """The line for stderr, with its end."""
     if isinstance(error, typer.TyperException):
         text = error.format_message()
-        if text.startswith("Usage:"):  # a group without its command: its help
-            return text
+        if not text:  # a group without its command, whose help has been printed
+            return ""
     elif isinstance(error, (OmniError, OSError)):
         text = str(error)
     else:
         text = f"unexpected {type(error).__name__}: {error} (--traceback shows where)"
-    return "vllm-omni: " + " ".join(text.split())
+    return "vllm-omni: " + " ".join(text.split()) + "\n"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -84,10 +86,10 @@ def run(arguments: Sequence[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--traceback"]
     wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
     try:
-        return int(build_app(wanted)(arguments or ["--help"], prog_name="vllm-omni", standalone_mode=False) or 0)
-    except KeyboardInterrupt:
-        print("vllm-omni: stopped", file=sys.stderr)
-        return 130
+        status = int(build_app(wanted)(arguments or ["--help"], prog_name="vllm-omni", standalone_mode=False) or 0)
+        if status == INTERRUPTED_STATUS:  # typer's for Ctrl-C
+            print("vllm-omni: stopped", file=sys.stderr)
+        return status
     except typer.Abort:
         return FAILURE_STATUS
     except Exception as error:  # the process's main: whatever went wrong leaves as one line
@@ -95,7 +97,7 @@ def run(arguments: Sequence[str]) -> int:
             if isinstance(error, OmniError) and "traceback" in error.details:
                 print(error.details["traceback"], file=sys.stderr)  # of the stage's process
             raise
-        print(_message(error), file=sys.stderr)
+        sys.stderr.write(_message(error))
         return USAGE_STATUS if isinstance(error, BAD_INPUT) else FAILURE_STATUS
 
 
