@@ -13,7 +13,7 @@ import itertools
 import socket
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine import messages as m
@@ -51,8 +51,7 @@ class ProcessStageClient(StageClient, asyncio.Protocol):
         await loop.create_unix_connection(lambda: self, sock=self._sock)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # by its methods: uvloop's is no subclass
 
     def data_received(self, data: bytes) -> None:
         for message, payload in self._reader.feed(data):

@@ -14,12 +14,20 @@ Fill = Callable[[memoryview], None]
 
 
 class Leaf(NamedTuple):
-    """A value as a buffer: ``fill`` writes its ``nbytes`` into a given place, in one copy."""
+    """A value as a buffer. ``view`` is the buffer itself, where it lies in one piece; else ``gather`` writes it."""
 
     kind: str
     facts: list[Any]
     nbytes: int
-    fill: Fill
+    view: memoryview | None
+    gather: Fill | None = None
+
+    def fill(self, target: memoryview) -> None:
+        """Write the buffer into a place of ``nbytes`` bytes, in one copy."""
+        if self.view is not None:
+            target[:] = self.view
+        elif self.gather is not None:
+            self.gather(target)
 
 
 @functools.cache
@@ -46,11 +54,7 @@ def build(kind: str, facts: list[Any], data: Any, shared: bool) -> Any:
 
 def _describe_bytes(value: bytes | bytearray | memoryview) -> Leaf:
     view = memoryview(value).cast("B")
-    return Leaf("bytes", [], view.nbytes, lambda target: _copy(target, view))
-
-
-def _copy(target: memoryview, source: memoryview) -> None:
-    target[:] = source
+    return Leaf("bytes", [], view.nbytes, view)
 
 
 def _build_bytes(facts: list[Any], data: Any, shared: bool) -> bytes:
@@ -63,14 +67,17 @@ def _describe_tensor(value: Any) -> Leaf:
     if value.layout is not torch.strided or value.is_quantized or value.device.type == "meta":
         raise TypeError(f"a {value.layout} tensor on {value.device} holds no plain buffer")
     source = value.detach()
+    facts = [str(source.dtype).removeprefix("torch."), list(source.shape)]
+    if source.device.type == "cpu" and source.is_contiguous() and not (source.is_conj() or source.is_neg()):
+        flat = source.view(-1).view(torch.uint8) if source.numel() else torch.empty(0, dtype=torch.uint8)
+        return Leaf("tensor", facts, source.nbytes, memoryview(flat.numpy()))
 
-    def fill(target: memoryview) -> None:
+    def gather(target: memoryview) -> None:
         if source.numel():
             flat = torch.frombuffer(target, dtype=torch.uint8).view(source.dtype)
             flat.view(source.shape).copy_(source)
 
-    dtype = str(source.dtype).removeprefix("torch.")
-    return Leaf("tensor", [dtype, list(source.shape)], source.numel() * source.element_size(), fill)
+    return Leaf("tensor", facts, source.nbytes, None, gather)
 
 
 def _build_tensor(facts: list[Any], data: Any, shared: bool) -> Any:
@@ -81,9 +88,7 @@ def _build_tensor(facts: list[Any], data: Any, shared: bool) -> Any:
         return torch.empty(shape, dtype=dtype)
     if shared:
         return torch.frombuffer(data, dtype=dtype).view(shape)
-    tensor = torch.empty(shape, dtype=dtype)
-    memoryview(tensor.view(-1).view(torch.uint8).numpy())[:] = memoryview(data).cast("B")
-    return tensor
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
 
 
 def _describe_array(value: Any) -> Leaf:
@@ -92,11 +97,15 @@ def _describe_array(value: Any) -> Leaf:
     if value.dtype.hasobject or value.dtype.names:
         raise TypeError(f"an array of dtype {value.dtype} holds no plain buffer")
 
-    def fill(target: memoryview) -> None:
+    facts = [value.dtype.str, list(value.shape)]
+    if value.flags.c_contiguous:
+        return Leaf("array", facts, value.nbytes, memoryview(value.reshape(-1).view(np.uint8)))
+
+    def gather(target: memoryview) -> None:
         if value.size:
             np.copyto(np.frombuffer(target, value.dtype).reshape(value.shape), value)
 
-    return Leaf("array", [value.dtype.str, list(value.shape)], value.nbytes, fill)
+    return Leaf("array", facts, value.nbytes, None, gather)
 
 
 def _build_array(facts: list[Any], data: Any, shared: bool) -> Any:
@@ -109,9 +118,7 @@ def _build_array(facts: list[Any], data: Any, shared: bool) -> Any:
 def _describe_image(value: Any) -> Leaf:
     raw = value.tobytes()
     palette = value.getpalette("RGBA") if value.mode == "P" else None
-    return Leaf(
-        "image", [value.mode, list(value.size), palette], len(raw), lambda target: _copy(target, memoryview(raw))
-    )
+    return Leaf("image", [value.mode, list(value.size), palette], len(raw), memoryview(raw))
 
 
 def _build_image(facts: list[Any], data: Any, shared: bool) -> Any:

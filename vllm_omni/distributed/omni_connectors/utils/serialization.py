@@ -30,6 +30,7 @@ from vllm_omni.errors import ConnectorError, RequestError
 
 _ALIGN = 16
 _TUPLE, _SET, _FROZENSET, _LEAF, _SHARED, _DATACLASS, _STRUCT, _TORCH, _SCALAR = range(1, 10)
+_ZEROS = bytes(_ALIGN)
 _ATOMS = frozenset({type(None), bool, int, float, str})
 _REGISTERED: dict[str, type] = {}
 _KNOWN = frozenset({"vllm_omni.inputs.data.OmniDiffusionSamplingParams"})
@@ -100,9 +101,10 @@ class Codec:
     def __init__(self, arena: Arena | None = None, threshold: int = 65536) -> None:
         self.arena = arena
         self.threshold = threshold
+        self._reader = _Reader(arena)
 
     def encode(self, obj: Any, holder: int = 1, refs: list[Ref] | None = None) -> list[Buffer]:
-        """Parts of the payload, to be sent one after another.
+        """Parts of the payload, to be sent one after another; they may be views of what is in ``obj``.
 
         Args:
             obj: what to encode.
@@ -138,8 +140,8 @@ class Codec:
         view = memoryview(payload)
         try:
             (length,) = struct.unpack_from("<I", view)
-            reader = _Reader(self, view[4 + length + -(4 + length) % _ALIGN :], lazy)
-            return reader.decode(view[4 : 4 + length])
+            buffers = view[4 + length + -(4 + length) % _ALIGN :]
+            return self._reader.decode(view[4 : 4 + length], buffers, lazy)
         except (struct.error, msgspec.DecodeError, ValueError) as error:
             raise ConnectorError(f"damaged payload of {len(view)} bytes: {error}") from error
 
@@ -241,11 +243,14 @@ class _Writer:
         return self._inline(leaf)
 
     def _inline(self, leaf: Leaf) -> msgspec.msgpack.Ext:
-        buffer = bytearray(leaf.nbytes + -leaf.nbytes % _ALIGN)
-        with memoryview(buffer) as whole, whole[: leaf.nbytes] as target:
-            leaf.fill(target)
-        start, self._offset = self._offset, self._offset + len(buffer)
-        self.buffers.append(buffer)
+        buffer: Buffer | None = leaf.view
+        if buffer is None:
+            buffer = bytearray(leaf.nbytes)
+            with memoryview(buffer) as target:
+                leaf.fill(target)
+        pad = -leaf.nbytes % _ALIGN
+        start, self._offset = self._offset, self._offset + leaf.nbytes + pad
+        self.buffers += (buffer, _ZEROS[:pad])
         return _ext(_LEAF, [leaf.kind, leaf.facts, start, leaf.nbytes])
 
     def small_bytes(self, obj: Any) -> Any:
@@ -312,14 +317,18 @@ def _handler(cls: type) -> Callable[[_Writer, Any], Any] | None:
 
 
 class _Reader:
-    def __init__(self, codec: Codec, buffers: memoryview, lazy: bool) -> None:
-        self.codec = codec
-        self.buffers = buffers
-        self.lazy = lazy
+    def __init__(self, arena: Arena | None) -> None:
+        self.arena = arena
+        self.buffers = memoryview(b"")
+        self.lazy = False
         self._decoder = msgspec.msgpack.Decoder(ext_hook=self.ext, strict=False)
 
-    def decode(self, header: Buffer) -> Any:
-        return self._decoder.decode(header)
+    def decode(self, header: Buffer, buffers: memoryview, lazy: bool) -> Any:
+        self.buffers, self.lazy = buffers, lazy
+        try:
+            return self._decoder.decode(header)
+        finally:
+            self.buffers = memoryview(b"")
 
     def ext(self, code: int, data: memoryview) -> Any:
         words = self._decoder.decode(data)
@@ -346,7 +355,7 @@ class _Reader:
         raise ValueError(f"unknown extension {code}")
 
     def _shared(self, kind: str, facts: list[Any], ref: list[int], several: bool) -> Any:
-        arena = self.codec.arena
+        arena = self.arena
         if arena is None:
             raise ConnectorError("a payload with shared memory needs the connector that made it")
         leaf = LeafRef(kind, facts, Ref(*ref), arena)
