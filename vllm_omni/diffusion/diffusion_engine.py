@@ -265,7 +265,7 @@ class DiffusionEngine(StageEngine):
         """Events of the outputs that have arrived, and what the ranks learnt about memory."""
         self._pending = result.pending
         if result.token_limits:
-            self._fit_limit = min(result.token_limits.values())
+            self._fit_limit = result.token_limits["fit"]
             self._scheduler.token_limit = min(result.token_limits["denoise"], self._oom_limit)
             self._scheduler.decode_limit = result.token_limits["decode"]
         for request_id, output in result.outputs.items():
@@ -331,8 +331,19 @@ class DiffusionEngine(StageEngine):
         return self._executor.collective_rpc("stop_profile")
 
     def call(self, method: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
-        """Call a method of the worker (or of its extension) on every rank; one result a rank."""
-        return self._executor.collective_rpc(method, args, kwargs)
+        """Call a method of the worker (or of its extension) on every rank; one result a rank.
+
+        Raises:
+            RequestError: no such method, or ``re_init_pipeline`` while requests are open.
+        """
+        if method != "re_init_pipeline":
+            return self._executor.collective_rpc(method, args, kwargs)
+        if self._open:
+            raise RequestError(f"re_init_pipeline: {len(self._open)} requests are open", field="method")
+        returned = self._executor.collective_rpc(method, args, kwargs)
+        self._facts = self._executor.collective_rpc("facts")[0]
+        self._scheduler.by_steps = bool(self._facts["by_steps"])
+        return returned
 
     def close(self) -> None:
         """Stop the ranks and free their memory. Idempotent."""

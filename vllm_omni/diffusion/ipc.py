@@ -134,7 +134,8 @@ class StepResult:
     """Outputs that the device still works on."""
     error: UnitError | None = None
     token_limits: dict[str, float] = field(default_factory=dict)
-    """By kind of unit, the latent tokens of one unit that fit into the memory left, as measured so far."""
+    """Latent tokens that memory allows, as measured so far: in one ``denoise`` unit, in one ``decode`` unit, and those
+    of the largest request that can ``fit`` at all."""
 
 
 @dataclass(frozen=True, slots=True)

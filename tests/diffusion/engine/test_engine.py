@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.diffusion.helpers import FAKE, digest, drain, failures, fake_config, request, results
+from vllm_omni.diffusion import registry
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.engine.stage_engine import StageChunk, StageFailure, StageInput, StageProgress
@@ -317,6 +318,42 @@ def test_calls(engine: DiffusionEngine) -> None:
         engine.call("_unit_error")
     with pytest.raises(ValueError, match="the extension failed"):
         engine.call("explode")
+
+
+def test_the_pipeline_can_be_replaced_between_requests() -> None:
+    engine = DiffusionEngine(fake_config())
+    engine.add_request(request("a"))
+    with pytest.raises(RequestError, match="1 requests are open"):
+        engine.call("re_init_pipeline", ({"pipeline_class": f"{FAKE}.WholePipeline"},))
+    drain(engine)
+    engine.call("re_init_pipeline", ({"pipeline_class": f"{FAKE}.WholePipeline"},))
+    assert engine.info().name == "WholePipeline"
+    engine.add_request(request("a"))
+    assert results(drain(engine))["a"]["metrics"]["made_by"] == "WholePipeline"
+    engine.close()
+
+
+def test_the_model_s_pre_processing_runs_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the registry's, takes and returns a list of requests, and may refuse one."""
+
+    def pre_process(requests: list[OmniDiffusionRequest]) -> list[OmniDiffusionRequest]:
+        (req,) = requests
+        if req.texts() == ["bad"]:
+            raise RequestError("needs an image", field="multi_modal_data.image")
+        return [OmniDiffusionRequest([req.texts()[0] + " processed"], req.sampling_params, req.request_ids)]
+
+    monkeypatch.setattr(registry, "get_diffusion_pre_process_func", lambda od_config: pre_process)
+    engine = DiffusionEngine(fake_config())
+    engine.add_request(request("a", "x", seed=1))
+    engine.add_request(request("bad", "bad"))
+    events = drain(engine)
+    assert failures(events)["bad"].details["field"] == "multi_modal_data.image"
+    engine.close()
+    monkeypatch.undo()
+    plain = DiffusionEngine(fake_config())
+    plain.add_request(request("b", "x processed", seed=1))
+    assert digest(results(events)["a"]) == digest(results(drain(plain))["b"])
+    plain.close()
 
 
 def test_close_is_idempotent_and_final() -> None:

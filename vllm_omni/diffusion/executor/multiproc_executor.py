@@ -85,7 +85,10 @@ class MultiprocDiffusionExecutor(DiffusionExecutor):
         lifeline_theirs, lifeline_ours = context.Pipe(duplex=False)
         setup = ipc.RankSetup(rank, local_rank, self._od_config, self._meeting_point.init_method, os.getpid())
         process = context.Process(
-            target=WorkerProc.worker_main, args=(setup, theirs, lifeline_theirs), name=f"omni-diffusion-rank{rank}"
+            target=WorkerProc.worker_main,
+            args=(setup, theirs, lifeline_theirs),
+            name=f"omni-diffusion-rank{rank}",
+            daemon=True,  # so that an interpreter that ends without close() ends them instead of waiting for them
         )
         process.start()
         theirs.close()

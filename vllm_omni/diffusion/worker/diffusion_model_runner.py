@@ -147,6 +147,7 @@ class DiffusionModelRunner:
                 result.outputs[request_id] = pending.output()
         result.pending = len(self._pending)
         result.token_limits = {kind: self.meter.token_limit(kind) for kind in ("denoise", "decode")}
+        result.token_limits["fit"] = self.meter.fit_limit()
 
     def untouched(self, plan: StepPlan) -> bool:
         """Whether the states of the plan's unit are as before it (asked after it failed)."""

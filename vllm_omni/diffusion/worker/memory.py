@@ -18,6 +18,8 @@ from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
 
+TRUSTED_REACH = 4
+
 
 class MemoryMeter:
     """Measures units of one rank. All figures come from the allocator's counters: no synchronisation."""
@@ -68,3 +70,12 @@ class MemoryMeter:
         tokens, peak = self._largest.get(kind, (0, 0))
         measured = self._budget * tokens / peak if peak > 0 else math.inf
         return min(self._configured, measured)
+
+    def fit_limit(self) -> float:
+        """Latent tokens of the largest request that can fit at all; larger ones are refused without trying.
+
+        A small peak says little of a large request (constant parts weigh in), so only peaks of at least
+        ``1 / TRUSTED_REACH`` of the memory count.
+        """
+        trusted = [kind for kind, (_, peak) in self._largest.items() if peak * TRUSTED_REACH >= self._budget]
+        return min([self._configured, *(self.token_limit(kind) for kind in trusted)])
