@@ -9,6 +9,7 @@ A process belongs to one grid at a time. Several engines may share it (each call
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -138,6 +139,10 @@ def _start(
         )
     elif init_method is None:
         raise ConfigError(f"{grid.world_size} ranks need an init_method", field="parallel_config")
+    if device.type == "cpu" and grid.world_size > 1:
+        # vLLM's CPU ranks talk through named shared memory when this agrees among them. Different names keep them on
+        # gloo: nothing is then left behind by a rank that is killed.
+        os.environ.setdefault("VLLM_DIST_IDENT", f"vllm-omni-{os.getpid()}")
     vllm_config = VllmConfig(parallel_config=ParallelConfig(distributed_timeout_seconds=max(1, round(timeout_s))))
     with set_current_vllm_config(vllm_config):
         vllm_state.init_distributed_environment(
