@@ -3,6 +3,8 @@
 import torch
 
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
+from vllm_omni.diffusion.distributed import parallel_state
+from vllm_omni.diffusion.models.flux.pipeline_flux import FluxPipeline
 from vllm_omni.diffusion.models.qwen_image.pipeline_qwen_image import QwenImagePipeline
 
 
@@ -27,3 +29,20 @@ class Inherited(QwenImagePipeline):
 
     def encode_prompts(self, texts, params):
         return super().encode_prompts([text + " at night" for text in texts], params)
+
+
+class RunsOut(FluxPipeline):
+    """Rank 1 runs out of memory in the middle of the transformer, in a batch that holds the prompt "boom"."""
+
+    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
+        super().__init__(od_config=od_config, prefix=prefix)
+        self.doomed: int | None = None
+        self.transformer.single_transformer_blocks[-1].register_forward_pre_hook(self.maybe_run_out)
+
+    def encode_prompts(self, texts, params):
+        self.doomed = params.seed if texts == ["boom"] else None
+        return super().encode_prompts(texts, params)
+
+    def maybe_run_out(self, block, args) -> None:
+        if self.doomed is not None and parallel_state.get_rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (made up by the test)")

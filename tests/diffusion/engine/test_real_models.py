@@ -13,7 +13,7 @@ from tests.diffusion.helpers import drain, failures, request, results
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.engine.stage_engine import StageProgress
-from vllm_omni.errors import RequestError
+from vllm_omni.errors import OutOfMemoryError, RequestError
 
 CUSTOM = "tests.diffusion.custom_pipeline"
 SIZE = {"height": 64, "width": 64}
@@ -87,18 +87,26 @@ def test_pictures_and_bad_input(tiny_folder: Callable[[str], Path]) -> None:
 
 
 def test_flux_on_two_ranks_makes_the_picture_of_one(tiny_folder: Callable[[str], Path]) -> None:
+    """Also after one rank alone ran out of memory between two collectives of the transformer."""
     folder = tiny_folder("flux")
-    got = {}
-    for ranks in (1, 2):
-        engine = make(folder, tensor_parallel_size=ranks)
-        assert engine.info().ranks == ranks
+    got = []
+    custom = {"diffusion_load_format": "dummy", "custom_pipeline_args": {"pipeline_class": f"{CUSTOM}.RunsOut"}}
+    for kwargs in ({}, {"tensor_parallel_size": 2, **custom}):
+        engine = make(folder, **kwargs)
         for name, params in mixed("flux").items():
             engine.add_request(request(name, **params))
         events = drain(engine)
         assert not failures(events)
-        got[ranks] = results(events)
+        got.append(results(events))
+        if kwargs:
+            engine.add_request(request("boom", "boom", **SIZE, num_inference_steps=2))
+            assert type(failures(drain(engine))["boom"]) is OutOfMemoryError
+            for name, params in mixed("flux").items():
+                engine.add_request(request(name, **params))
+            got.append(results(drain(engine)))
         engine.close()
     for name in MIX:
+        assert np.abs(pixels(got[0][name]) - pixels(got[1][name])).max() <= 1
         assert np.abs(pixels(got[1][name]) - pixels(got[2][name])).max() <= 1
 
 
