@@ -257,12 +257,9 @@ class _Writer:
         return obj if len(obj) <= self.codec.threshold else self.leaf(obj)
 
     def dataclass(self, obj: Any) -> msgspec.msgpack.Ext:
-        cls = type(obj)
-        values = {}
-        for spec in dataclasses.fields(cls):
-            value = getattr(obj, spec.name)
-            if value is not spec.default:
-                values[spec.name] = value
+        cls: type = type(obj)
+        defaults = _defaults(cls)
+        values = {name: value for name, value in vars(obj).items() if value is not defaults[name]}
         return _ext(_DATACLASS, [f"{cls.__module__}.{cls.__qualname__}", self.mapping(values)])
 
     def struct(self, obj: Any) -> msgspec.msgpack.Ext:
@@ -274,6 +271,12 @@ class _Writer:
 
     def generator(self, obj: Any) -> msgspec.msgpack.Ext:
         return _ext(_TORCH, ["generator", str(obj.device), obj.get_state().numpy().tobytes()])
+
+
+@functools.cache
+def _defaults(cls: type) -> dict[str, Any]:
+    """Default of each field of a dataclass; a value that is its default need not travel."""
+    return {spec.name: spec.default for spec in dataclasses.fields(cls)}
 
 
 def _ext(code: int, words: list[Any]) -> msgspec.msgpack.Ext:
