@@ -17,11 +17,14 @@ export VLLM_LOGGING_LEVEL ?= WARNING
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
-$(READY): pyproject.toml tools/install.py
+# The other targets make the environment when there is none; after a change of the dependencies run `make install`.
+$(READY):
 	@$(PYTHON) tools/install.py --venv $(VENV) --device $(DEVICE)
 	@touch $@
 
-install: $(READY) ## make the environment in .venv
+install: ## make the environment in .venv, or bring it up to date
+	@$(PYTHON) tools/install.py --venv $(VENV) --device $(DEVICE)
+	@touch $(READY)
 
 demo: $(READY) ## draw a picture and show it in the terminal
 	@$(BIN)/python tools/demo.py
