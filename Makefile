@@ -39,8 +39,10 @@ check: lint ## lint and types: mypy (strict) on the package
 test: $(READY) ## the test suite (ARGS="tests/cli -x"); GPU tests only where there is a GPU
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(READY) ## measure the overhead of the orchestration on this machine
-	$(BIN)/python benchmarks/orchestration.py
+bench: $(READY) ## measure what orchestration and connector cost on this machine, into outputs/
+	@mkdir -p outputs
+	$(BIN)/python benchmarks/orchestration_overhead.py --json outputs/orchestration_overhead.json
+	$(BIN)/python benchmarks/connector.py --json outputs/connector.json
 
 docs: $(READY) ## write the generated pages again
 	$(BIN)/python tools/generate_docs.py

@@ -8,8 +8,8 @@ its main thread::
         -> engine.add_request(...) / engine.abort(...) / ...
         for event in engine.step(): send it to the driver
 
-All methods are called from that one thread, so an engine needs no locks. ``step`` may block for one unit of compute (one
-denoise step); everything else returns at once. A request-level failure is a ``StageFailure`` event and never an
+All methods are called from that one thread, so an engine needs no locks. ``step`` may block for one unit of compute
+(one denoise step); everything else returns at once. A request-level failure is a ``StageFailure`` event and never an
 exception: an exception out of ``step`` is the engine's death, and every open request gets a ``StageDeadError``.
 """
 
