@@ -148,7 +148,7 @@ class OmniInputProcessor(InputProcessor):
             raise
         except VLLMClientError as error:
             raise RequestError(str(error), field="prompt") from error
-        except (ValueError, TypeError, KeyError, OSError, NotImplementedError) as error:
+        except (ValueError, TypeError, KeyError, OSError, ImportError, NotImplementedError) as error:
             raise RequestError(f"{type(error).__name__}: {error}", field="prompt") from error
         request.external_req_id = request_id
         return request, rendered.get("prompt")
