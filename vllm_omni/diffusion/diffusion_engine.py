@@ -57,17 +57,14 @@ class _Open:
 
     def metrics(self, now: float) -> dict[str, Any]:
         """Seconds of each phase (they add up to ``total_s``), the seed, the steps, the batch sizes seen."""
-        started = self.started or now
-        encoded = self.encoded or started
-        denoised = self.denoised or encoded
-        return {
-            "seed": self.seed,
-            "num_inference_steps": self.steps,
-            "queue_s": started - self.arrived,
-            "encode_s": encoded - started,
-            "denoise_s": denoised - encoded,
-            "decode_s": now - denoised,
-            "total_s": now - self.arrived,
+        metrics: dict[str, Any] = {"seed": self.seed, "num_inference_steps": self.steps}
+        metrics |= {"queue_s": self.started - self.arrived, "total_s": now - self.arrived}
+        if not self.encoded:  # ran whole, not by steps
+            return metrics | {"run_s": now - self.started}
+        return metrics | {
+            "encode_s": self.encoded - self.started,
+            "denoise_s": self.denoised - self.encoded,
+            "decode_s": now - self.denoised,
             "batch_sizes": sorted(self.batch_sizes),
         }
 

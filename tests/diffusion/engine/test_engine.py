@@ -290,6 +290,7 @@ def test_whole_pipelines_run_one_by_one() -> None:
     assert out["a"]["metrics"]["trajectory_timesteps"].shape == (5,)
     assert out["a"]["metrics"]["made_by"] == "WholePipeline"
     assert out["a"]["metrics"]["seed"] == 1
+    assert 0 < out["a"]["metrics"]["run_s"] <= out["a"]["metrics"]["total_s"]
     assert out["a"]["latents"].shape == (5, 1, 2)
     assert digest(out["a"]) != digest(out["b"])
     assert "reports an error" in failures(events)["report"].message

@@ -209,3 +209,12 @@ def test_a_rank_that_cannot_start_says_why(kwargs: dict, field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         two_ranks(**kwargs)
     assert caught.value.details["field"] == field
+
+
+def test_the_engine_s_process_stays_light() -> None:
+    """With ranks of its own it loads neither vLLM nor models, which would cost seconds and a gigabyte."""
+    code = (
+        "import sys, vllm_omni.diffusion.diffusion_engine, vllm_omni.diffusion.executor.multiproc_executor;"
+        "sys.exit(any(name in sys.modules for name in ('vllm', 'diffusers', 'transformers')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -81,8 +81,11 @@ def local_ranks(od_config: OmniDiffusionConfig) -> list[int]:
 
 def create_executor(od_config: OmniDiffusionConfig) -> DiffusionExecutor:
     """The executor that ``od_config.executor_backend`` names, with its ranks ready."""
-    from vllm_omni.diffusion.executor.multiproc_executor import MultiprocDiffusionExecutor
+    if od_config.executor_backend == "mp":
+        from vllm_omni.diffusion.executor.multiproc_executor import MultiprocDiffusionExecutor
+
+        return MultiprocDiffusionExecutor(od_config)
+    # Imports models and vLLM: only where the worker lives in this process.
     from vllm_omni.diffusion.executor.uniproc_executor import UniprocDiffusionExecutor
 
-    kinds: dict[str, type[DiffusionExecutor]] = {"uni": UniprocDiffusionExecutor, "mp": MultiprocDiffusionExecutor}
-    return kinds[od_config.executor_backend](od_config)
+    return UniprocDiffusionExecutor(od_config)

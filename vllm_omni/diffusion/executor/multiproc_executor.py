@@ -28,7 +28,7 @@ from typing import Any
 from vllm_omni.diffusion import ipc
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.executor.abstract import DiffusionExecutor, local_ranks
-from vllm_omni.diffusion.worker.diffusion_worker import WorkerProc
+from vllm_omni.diffusion.executor.rank_process import rank_main
 from vllm_omni.errors import OmniError, StageDeadError, from_wire
 from vllm_omni.logger import init_logger
 
@@ -85,7 +85,7 @@ class MultiprocDiffusionExecutor(DiffusionExecutor):
         lifeline_theirs, lifeline_ours = context.Pipe(duplex=False)
         setup = ipc.RankSetup(rank, local_rank, self._od_config, self._meeting_point.init_method, os.getpid())
         process = context.Process(
-            target=WorkerProc.worker_main,
+            target=rank_main,
             args=(setup, theirs, lifeline_theirs),
             name=f"omni-diffusion-rank{rank}",
             daemon=True,  # so that an interpreter that ends without close() ends them instead of waiting for them

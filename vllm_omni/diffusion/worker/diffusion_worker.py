@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 import time
 import traceback
@@ -28,7 +27,6 @@ from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunn
 from vllm_omni.errors import ConfigError, OmniError, RequestError, StageDeadError, StageError
 from vllm_omni.logger import init_logger
 from vllm_omni.platforms import get_platform
-from vllm_omni.process import die_with_parent, watch_lifeline
 
 logger = init_logger(__name__)
 
@@ -280,18 +278,13 @@ class WorkerProc:
         )
 
     @staticmethod
-    def worker_main(setup: ipc.RankSetup, connection: Connection, lifeline: Connection) -> None:
+    def worker_main(setup: ipc.RankSetup, connection: Connection) -> None:
         """Main of the process. Sends ``Ready`` or ``Failed``, then answers plans and calls.
 
         Args:
             setup: what to run.
             connection: messages to and from the engine.
-            lifeline: closes when the engine's process ends.
         """
-        die_with_parent(setup.parent_pid)
-        watch_lifeline(lifeline)
-        # Ctrl-C reaches the whole process group; the engine decides what it means.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         # gloo listens on an interface; all ranks are on this host, so nobody else need reach it.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         # vLLM's CPU collectives over shared memory spin, so nothing could call a rank back from one when another rank
