@@ -39,9 +39,9 @@ def reference_pipe(tiny_folder: Callable[[str], Path]) -> Callable[[str], Any]:
     return pipe
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def our_pipe(tiny_folder: Callable[[str], Path]) -> Iterator[Callable[[str], Any]]:
-    """Our pipeline of a family, one rank."""
+    """Our pipeline of a family, one rank; its process groups are gone after the module."""
     made: dict[str, Any] = {}
 
     def pipe(family: str) -> Any:

@@ -89,8 +89,13 @@ class DiffusersPipelineLoader:
         if not sources:
             return
         names: list[str] = []
-        with torch.no_grad():
-            loaded = set(pipeline.load_weights(self._tensors(sources, names, device)))
+        try:
+            with torch.no_grad():
+                loaded = set(pipeline.load_weights(self._tensors(sources, names, device)))
+        except ConfigError:
+            raise
+        except ValueError as error:  # how vLLM's AutoWeightsLoader says that a tensor has no place
+            raise ConfigError(f"{type(pipeline).__name__}.load_weights: {error}", field="model") from error
         missing = [
             name
             for name, _ in pipeline.named_parameters()
