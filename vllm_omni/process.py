@@ -1,4 +1,4 @@
-"""What every child process of the package does first: tie its life to its parent's.
+"""What every child process of the package does first: say its name and tie its life to its parent's.
 
 Two nets, because each has a hole: ``PR_SET_PDEATHSIG`` acts at once but only on Linux and only for the thread that made
 the child; the lifeline (a pipe whose other end only the parent holds) works everywhere, but needs a thread that runs.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
 import threading
@@ -32,6 +33,32 @@ def die_with_parent(parent_pid: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def die_with_process(pid: int) -> threading.Thread | None:
+    """Start a thread that ends this process when process ``pid`` ends, which need not be its parent: for workers that
+    another package starts. Does nothing where the kernel cannot tell (other systems than Linux) or for itself."""
+    if sys.platform != "linux" or pid in (1, os.getpid()):
+        return None
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os._exit(1)
+
+    def watch() -> None:
+        select.select([handle], [], [])
+        os._exit(1)
+
+    thread = threading.Thread(target=watch, name="lifeline", daemon=True)
+    thread.start()
+    return thread
+
+
+def name_process(name: str) -> None:
+    """Show ``name`` in ``ps`` and ``top`` (15 characters; Linux only)."""
+    if sys.platform == "linux":
+        with open("/proc/self/comm", "w") as comm:
+            comm.write(name[:15])
 
 
 def watch_lifeline(lifeline: Connection, on_message: Callable[[bytes], None] | None = None) -> threading.Thread:

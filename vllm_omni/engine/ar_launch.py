@@ -96,9 +96,13 @@ class ARStageHandle:
 def end_ar_stages(handles: Sequence[ARStageHandle], grace: float = GRACE) -> None:
     """End engines, all at the same time; returns when their processes are gone. Idempotent."""
     for handle in handles:
-        for process in handle.processes:
-            if process.is_alive():
-                process.terminate()
+        handle.client.resources.engine_dead = True  # expected from here on
+    managers = [m for handle in handles if (m := handle.client.resources.engine_manager) is not None]
+    threads = [threading.Thread(target=manager.shutdown, args=(grace,)) for manager in managers]
+    for thread in threads:  # not two signals to a process: vLLM's second one can hang it
+        thread.start()
+    for thread in threads:
+        thread.join()
     for handle in handles:
         handle.client.shutdown(timeout=grace)
         for process in handle.processes:

@@ -86,9 +86,11 @@ class ARStageClient(StageClient):
     async def attach(self, listener: StageListener) -> None:
         self._listener = listener
         self._outbox = asyncio.Queue()
-        # vLLM's client ties its queue to the loop that used it; this may be another one than before.
-        self._client.outputs_queue = asyncio.Queue()
-        self._client.resources.output_queue_task = None
+        reading = self._client.resources.output_queue_task
+        if reading is None or reading.done() or reading.get_loop() is not asyncio.get_running_loop():
+            # vLLM's client ties its queue and its reader to the loop that used it first; this is another one.
+            self._client.outputs_queue = asyncio.Queue()
+            self._client.resources.output_queue_task = None
         self._start(self._receive())
         self._start(self._send())
 
@@ -345,8 +347,8 @@ class ARStageClient(StageClient):
 
     def detach(self) -> None:
         self._listener = None
-        receiving = self._client.resources.output_queue_task
-        for task in (*self._tasks, *(() if receiving is None else (receiving,))):
+        reading = self._client.resources.output_queue_task
+        for task in (*self._tasks, *(() if reading is None else (reading,))):
             if not task.get_loop().is_closed():
                 task.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -285,7 +285,7 @@ def _with_default_params(pipeline: PipelineConfig, args: OmniArgs, sources: Mapp
 
 def _check_engine(stage: StageConfig) -> None:
     """Find out before a process is started that the engine's arguments are wrong."""
-    if engine_class(stage) == DIFFUSION_ENGINE:
+    if not runs_on_vllm(stage) and engine_class(stage) == DIFFUSION_ENGINE:
         from vllm_omni.diffusion.data import OmniDiffusionConfig
 
         OmniDiffusionConfig.from_kwargs(**stage_engine_args(stage))

@@ -7,8 +7,10 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
+from vllm_omni.config.model import OmniModelConfig
 from vllm_omni.errors import ConfigError
 from vllm_omni.model_executor.models.registry import ensure_registered
+from vllm_omni.process import die_with_process
 from vllm_omni.worker.gpu_ar_model_runner import GPUARModelRunner
 from vllm_omni.worker.gpu_generation_model_runner import GPUGenerationModelRunner
 from vllm_omni.worker.model_runner import OmniGPUModelRunner
@@ -27,6 +29,8 @@ class OmniWorker(VllmWorker):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         ensure_registered(vllm_config.model_config.architectures)
+        if isinstance(vllm_config.model_config, OmniModelConfig):
+            die_with_process(vllm_config.model_config.driver_pid)
         super().__init__(vllm_config, *args, **kwargs)
         if self.use_v2_model_runner:
             raise ConfigError("omni stages run on vLLM's V1 model runner", field="VLLM_USE_V2_MODEL_RUNNER")

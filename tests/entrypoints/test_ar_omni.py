@@ -1,0 +1,122 @@
+"""``Omni`` and ``AsyncOmni`` over stages on vLLM: one language model, started as users start it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from tests.ar_models import save_lm
+from tests.ar_support import SMALL
+from vllm_omni.entrypoints.async_omni import AsyncOmni
+from vllm_omni.entrypoints.omni import Omni
+from vllm_omni.errors import ConfigError, RequestError
+
+GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
+
+
+def write(folder: Path, engine_args: dict[str, Any], **stage: Any) -> Path:
+    row = {"stage_id": 0, "stage_type": "ar", "final_output": True, "final_output_type": "text", **stage}
+    row.update(engine_args={**SMALL, **engine_args}, default_sampling_params=GREEDY)
+    path = folder / "stages.yaml"
+    path.write_text(yaml.safe_dump({"stage_args": [row]}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("omni_lm")
+    return folder, save_lm(folder)
+
+
+@pytest.fixture(scope="module")
+def omni(lm: tuple[Path, Any]) -> Iterator[Omni]:
+    """Engine processes are spawned here, as they are for users."""
+    with Omni(str(lm[0]), stage_configs_path=str(write(lm[0], {})), stage_init_timeout=120) as omni:
+        (pid,) = omni._async.orchestrator._clients[0].info.pids
+        yield omni
+    assert not os.path.exists(f"/proc/{pid}")
+
+
+def expect(model: Any, ids: list[int]) -> list[int]:
+    with torch.inference_mode():
+        out = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    tokens: list[int] = out[0, len(ids) :].tolist()
+    return tokens
+
+
+def test_generate(omni: Omni, lm: tuple[Path, Any]) -> None:
+    prompts: list[Any] = ["say it again", {"prompt": "describe"}, {"prompt_token_ids": [4, 5, 6]}]
+    outputs = omni.generate(prompts, use_tqdm=False)
+    assert isinstance(outputs, list)
+    assert len(outputs) == 3
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.finished
+        assert output.is_pipeline_output
+        assert (output.final_output_type, output.stage_id, output.prompt) == ("text", 0, prompt)
+        ids = output.prompt_token_ids
+        assert ids
+        assert list(output.outputs[0].token_ids) == expect(lm[1], ids)
+        assert output.request_output.request_id == output.request_id
+        assert output.metrics["stages"]["0"]["run_s"] > 0
+
+
+def test_bad_prompt_among_good(omni: Omni) -> None:
+    with pytest.raises(RequestError) as caught:
+        omni.generate(["say", {"prompt_token_ids": [1] * 500}, "it"], use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in caught.value.outputs] == [8, 8]
+    assert omni.is_running
+
+
+def test_sampling_params(omni: Omni) -> None:
+    (output,) = omni.generate("say", SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 3
+
+
+def test_health_and_calls(omni: Omni) -> None:
+    omni.check_health(timeout=30)
+    assert omni.collective_rpc("omni_counts") == [{"requests": 0, "busy_segments": 0}]
+
+
+def test_streams_text(lm: tuple[Path, Any], omni: Omni) -> None:
+    """The generator of ``py_generator`` yields text as it is made, in the form asked for."""
+    delta = SamplingParams(**GREEDY, output_kind=RequestOutputKind.DELTA)
+    parts = list(omni.generate("say", delta, py_generator=True, use_tqdm=False))
+    (whole,) = omni.generate("say", use_tqdm=False)
+    assert len(parts) == 8
+    assert "".join(part.outputs[0].text for part in parts) == whole.outputs[0].text
+    assert [part.finished for part in parts] == [False] * 7 + [True]
+
+
+def test_wrong_settings(lm: tuple[Path, Any], tmp_path: Path) -> None:
+    for change, words in (({"max_model_lenn": 5}, "did you mean"), ({"hidden_layers": [77]}, "allowed are")):
+        with pytest.raises(ConfigError, match=words):
+            Omni(str(lm[0]), stage_configs_path=str(write(tmp_path, change)))
+
+
+def test_async(lm: tuple[Path, Any], omni: Omni) -> None:
+    """A consumer that goes away in the middle frees the request, and the next one is right."""
+
+    async def main(engine: AsyncOmni) -> None:
+        long = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+        stream = engine.generate({"prompt_token_ids": [4, 5, 6]}, "leaves", long)
+        async for output in stream:
+            assert not output.finished
+            break
+        await stream.aclose()
+        lengths = []
+        async for output in engine.generate({"prompt_token_ids": [4, 5, 6]}, "stays"):
+            lengths.append(len(output.outputs[0].token_ids))
+        assert list(output.outputs[0].token_ids) == expect(lm[1], [4, 5, 6])
+        assert lengths == list(range(1, 9))
+        assert (await engine.collective_rpc("omni_counts"))[0]["requests"] <= 1
+        await engine.check_health()
+
+    asyncio.run_coroutine_threadsafe(main(omni._async), omni._loop).result(60)
