@@ -20,6 +20,8 @@ _STACKED = {
     "v_proj.": ("qkv_proj.", 2),
     "gate_proj.": ("gate_up_proj.", 0),
     "up_proj.": ("gate_up_proj.", 1),
+    "q_norm.weight": ("qk_norm", 0),
+    "k_norm.weight": ("qk_norm", 1),
 }
 
 
@@ -71,63 +73,63 @@ class LayerScale(nn.Module):
 
 
 def rope_table(length: int, spec: DenseSpec, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Cosines and sines [length, head_dim] of positions ``0 .. length``."""
+    """Cosines, and sines with the sign of the half-rotate form, [length, 1, head_dim] of positions ``0 .. length``."""
     half = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device=device) / spec.head_dim
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), spec.rope_theta**-half)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x_BHTD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding in half-rotate form."""
-    left, right = x_BHTD.chunk(2, dim=-1)
-    return x_BHTD * cos_TD + torch.cat([-right, left], dim=-1) * sin_TD
+    sines = angles.sin()
+    table = torch.cat([angles, angles], dim=-1).cos(), torch.cat([-sines, sines], dim=-1)
+    return tuple(part[:, None].to(dtype) for part in table)
 
 
 class DenseAttention(nn.Module):
-    """Grouped-query self-attention with rotary positions and optional q/k norm."""
+    """Grouped-query self-attention with rotary positions and optional q/k norm.
+
+    ``qk_norm`` holds the gain of every query and key head: a checkpoint has one vector for all query heads and one for
+    all key heads. So both are normalised and rotated together.
+    """
 
     def __init__(self, spec: DenseSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.sizes = [n * spec.head_dim for n in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)]
+        self.heads = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
+        self.sizes = [n * spec.head_dim for n in self.heads]
         self.qkv_proj = nn.Linear(spec.hidden_size, sum(self.sizes), bias=False)
         self.o_proj = nn.Linear(self.sizes[0], spec.hidden_size, bias=False)
-        self.q_norm = RMSNorm(spec.head_dim, spec.eps) if spec.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(spec.head_dim, spec.eps) if spec.qk_norm else nn.Identity()
+        self.qk_norm = nn.Parameter(torch.ones(sum(self.heads[:2]), spec.head_dim)) if spec.qk_norm else None
 
     def forward(
         self,
         x_BTC: torch.Tensor,
         rope: tuple[torch.Tensor, ...],
         mask: torch.Tensor | None = None,
-        past: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past: torch.Tensor | None = None,
         start: int = 0,
     ) -> torch.Tensor:
         """Attend.
 
         Args:
             x_BTC: [B, T, hidden].
-            rope: cosines and sines [T, head_dim] of the T positions.
-            mask: [T, start + T] bool, true where attention is allowed; ``None`` allows everything.
-            past: key and value buffers [B, kv heads, at least start + T, head_dim]; written at ``start``.
-            start: positions of ``past`` that are already filled.
+            rope: ``rope_table`` rows of the T positions.
+            mask: [T, T] bool, true where attention is allowed; ``None`` is causal.
+            past: keys and values [2, B, kv heads, at least start + T, head_dim]; written at ``start``.
+            start: positions of ``past`` that are already filled; T is 1 unless it is 0.
         """
         batch, length, _ = x_BTC.shape
-        q, k, v = (
-            part.view(batch, length, -1, self.spec.head_dim) for part in self.qkv_proj(x_BTC).split(self.sizes, dim=-1)
-        )
-        q = rotate(self.q_norm(q).transpose(1, 2), *rope)
-        k = rotate(self.k_norm(k).transpose(1, 2), *rope)
+        qkv = self.qkv_proj(x_BTC).view(batch, length, -1, self.spec.head_dim)
+        qk, v = qkv.split([sum(self.heads[:2]), self.heads[2]], dim=2)
+        if self.qk_norm is not None:
+            qk = F.rms_norm(qk, (self.spec.head_dim,), None, self.spec.eps) * self.qk_norm
+        qk = torch.addcmul(qk * rope[0], qk.roll(self.spec.head_dim // 2, -1), rope[1])
+        q, k = (part.transpose(1, 2) for part in qk.split(self.heads[:2], dim=2))
         v = v.transpose(1, 2)
         if past is not None:
             end = start + length
-            past[0][:, :, start:end] = k
-            past[1][:, :, start:end] = v
-            k, v = past[0][:, :, :end], past[1][:, :, :end]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=self.spec.num_heads != self.spec.num_kv_heads
-        )
+            past[0, :, :, start:end] = k
+            past[1, :, :, start:end] = v
+            k, v = past[0, :, :, :end], past[1, :, :, :end]
+        grouped = self.spec.num_heads != self.spec.num_kv_heads
+        causal = mask is None and length > 1
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -161,7 +163,7 @@ class DenseLayer(nn.Module):
         x_BTC: torch.Tensor,
         rope: tuple[torch.Tensor, ...],
         mask: torch.Tensor | None = None,
-        past: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past: torch.Tensor | None = None,
         start: int = 0,
     ) -> torch.Tensor:
         """One layer; the arguments are those of ``DenseAttention``."""
@@ -177,7 +179,7 @@ def sliding_causal_mask(length: int, window: int, device: torch.device) -> torch
 
 
 def load_dense_weights(module: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    """Copy checkpoint tensors into ``module``, joining q, k, v and gate, up.
+    """Copy checkpoint tensors into ``module``, joining q, k, v and gate, up and the norms of q, k.
 
     Args:
         module: names of its parameters equal the checkpoint's but for the joined projections.
@@ -190,6 +192,7 @@ def load_dense_weights(module: nn.Module, weights: Iterable[tuple[str, torch.Ten
         ValueError: a tensor has no parameter or another shape.
     """
     params = dict(module.named_parameters())
+    norms = {name for name in params if name.endswith(".qk_norm")}
     parts: dict[str, set[int]] = {}
     for name, tensor in weights:
         target, part = name, 0
@@ -198,23 +201,29 @@ def load_dense_weights(module: nn.Module, weights: Iterable[tuple[str, torch.Ten
                 target, part = name.replace(old, new), index
         if target not in params:
             raise ValueError(f"checkpoint tensor {name!r} has no parameter in {type(module).__name__}")
-        stacked = target != name
-        rows = _rows(module, target, part) if stacked else slice(None)
+        rows = _rows(module, target, part) if target != name else slice(None)
+        if target in norms:
+            tensor = tensor.expand(rows.stop - rows.start, -1)
         if params[target].data[rows].shape != tensor.shape:
             raise ValueError(
                 f"{name!r} has shape {tuple(tensor.shape)}, {tuple(params[target].data[rows].shape)} needed"
             )
         params[target].data[rows].copy_(tensor)
         parts.setdefault(target, set()).add(part)
-    need = {name: 3 if "qkv_proj" in name else 2 if "gate_up_proj" in name else 1 for name in parts}
-    return {name for name, got in parts.items() if len(got) == need[name]}
+    return {name for name, got in parts.items() if len(got) == _parts(name)}
+
+
+def _parts(target: str) -> int:
+    """Checkpoint tensors that make up a parameter."""
+    stem = target.removesuffix("weight")
+    return max(1, sum(f".{stem}".endswith(f".{joined}") for joined, _ in _STACKED.values()))
 
 
 def _rows(module: nn.Module, target: str, part: int) -> slice:
-    """Rows of a joined projection that hold part number ``part``."""
-    owner = module.get_submodule(target.rsplit(".", 2)[0])
+    """Rows of a joined parameter that hold part number ``part``."""
+    owner = module.get_submodule(target.removesuffix(".weight").rpartition(".")[0])
     if isinstance(owner, DenseAttention):
-        sizes = owner.sizes
+        sizes = owner.heads[:2] if target.endswith(".qk_norm") else owner.sizes
     else:
         assert isinstance(owner, SwiGLU)
         sizes = [owner.down_proj.in_features] * 2

@@ -80,16 +80,15 @@ class CodePredictor(nn.Module):
         batch, size = hidden_BC.shape
         length = self.residuals + 1
         rope = rope_table(length, self.spec, hidden_BC.device, hidden_BC.dtype)
-        shape = (2, len(self.model.layers), batch, self.spec.num_kv_heads, length, self.spec.head_dim)
+        shape = (len(self.model.layers), 2, batch, self.spec.num_kv_heads, length, self.spec.head_dim)
         past = hidden_BC.new_empty(shape)
         x = torch.stack([hidden_BC, first_BC], dim=1)
-        mask = torch.ones(2, 2, dtype=torch.bool, device=hidden_BC.device).tril()
         codes, total, start = [], torch.zeros_like(hidden_BC), 0
         for group in range(self.residuals):
             end = group + 2
-            part = (rope[0][start:end], rope[1][start:end])
+            part = tuple(table[start:end] for table in rope)
             for number, layer in enumerate(self.model.layers):
-                x = layer(x, part, None if group else mask, (past[0, number], past[1, number]), start)
+                x = layer(x, part, past=past[number], start=start)
             logits = self.lm_head[group](self.model.norm(x[:, -1]))
             code = _sample(logits.float(), greedy_B, noise_BNK[:, group])
             embedded = self.model.codec_embedding[group](code)
