@@ -24,14 +24,18 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from vllm_omni.entrypoints.async_omni import AsyncOmni  # noqa: E402
+from vllm_omni.entrypoints.loop_thread import LoopThread  # noqa: E402
 from vllm_omni.entrypoints.omni import Omni  # noqa: E402
+
+T = TypeVar("T")
 
 PAYLOAD = "x" * 1024
 
@@ -165,6 +169,15 @@ async def measure_stream(path: str, repeats: int) -> dict[str, float]:
     return result
 
 
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """In the kind of loop that ``Omni`` and the HTTP server use."""
+    loop = LoopThread("benchmark")
+    try:
+        return loop.run(coroutine)
+    finally:
+        loop.stop()
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,8 +194,8 @@ def main() -> None:
         for stages in (1, 3):
             path = write_chain(folder, stages, stream=False)
             figures[f"omni_{stages}_stages"] = measure_sync(path, args.requests, args.repeats)
-            figures[f"async_omni_{stages}_stages"] = asyncio.run(measure_async(path, args.requests, args.repeats))
-        figures["chunk_hop"] = asyncio.run(measure_stream(write_chain(folder, 3, stream=True), args.repeats))
+            figures[f"async_omni_{stages}_stages"] = run(measure_async(path, args.requests, args.repeats))
+        figures["chunk_hop"] = run(measure_stream(write_chain(folder, 3, stream=True), args.repeats))
     print(json.dumps(figures, indent=2))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -143,9 +143,7 @@ def test_steps_are_shown_and_an_abort_takes_effect_between_them(flux: Omni) -> N
     thread = threading.Thread(target=drain)
     thread.start()
     assert started.wait(60)
-    flux._loop.call_soon_threadsafe(
-        lambda: [flux._async.orchestrator.abort(key) for key in list(flux._async.orchestrator._flows)]
-    )
+    flux._loop.call_soon(lambda: [flux._async.orchestrator.abort(key) for key in list(flux._async.orchestrator._flows)])
     thread.join(20)
     assert len(failed) == 1
     assert len(run(flux, "the engine goes on", **SMALL)) == 1
@@ -164,7 +162,7 @@ def test_requests_with_different_steps_share_the_engine(flux: Omni) -> None:
         outputs = await asyncio.gather(one("long", 40), one("short", 2))
         return finished, list(outputs)
 
-    finished, (long, short) = asyncio.run_coroutine_threadsafe(both(flux._async), flux._loop).result(60)
+    finished, (long, short) = flux._loop.run(both(flux._async))
     assert finished == ["short", "long"], "a short request does not wait for a long one"
     (alone,) = run(flux, "x", **SMALL)
     assert difference(short, alone) <= 1

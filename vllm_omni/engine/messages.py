@@ -139,6 +139,9 @@ ToStage = Start | Submit | Abort | Call | Shutdown
 ToDriver = Ready | Failed | Output | Progress | Failure | Returned | Stopped
 Message = ToStage | ToDriver
 
+RECEIVE_BYTES = 256 * 1024
+"""Size of the buffer that either side receives into."""
+
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _HEAD = struct.Struct("<II")
@@ -167,7 +170,7 @@ class FrameReader:
         self._rest = bytearray()
 
     def feed(self, data: Buffer) -> Iterator[tuple[Message, memoryview]]:
-        """The messages that are complete with ``data``; a payload stays valid until it is dropped."""
+        """The messages that are complete with ``data``; a payload stays valid as long as ``data`` does."""
         if self._rest:
             self._rest += data
             if len(self._rest) < 4 or len(self._rest) < 4 + int.from_bytes(self._rest[:4], "little"):

@@ -32,8 +32,6 @@ from vllm_omni.engine.stage_engine import StageChunk, StageEngine, StageEvent, S
 from vllm_omni.errors import ConfigError, OmniError, StageError
 from vllm_omni.process import die_with_parent
 
-_RECEIVE_BYTES = 256 * 1024
-
 
 class _Channel:
     """The stage's end of the socket."""
@@ -41,20 +39,21 @@ class _Channel:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self._reader = m.FrameReader()
+        self._buffer = memoryview(bytearray(m.RECEIVE_BYTES))  # one for all messages: a fresh one costs 30 us
 
     def receive(self, wait: float | None) -> list[tuple[m.Message, memoryview]] | None:
         """Messages that have arrived; ``wait`` seconds for the first (None: as long as it takes). None: end of
         stream."""
         if wait is None:
-            data = self.sock.recv(_RECEIVE_BYTES)
+            size = self.sock.recv_into(self._buffer)
         else:
             if wait > 0 and not select.select([self.sock], [], [], wait)[0]:
                 return []
             try:
-                data = self.sock.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+                size = self.sock.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return []
-        return list(self._reader.feed(data)) if data else None
+        return list(self._reader.feed(self._buffer[:size])) if size else None
 
     def send(self, *frames: bytes) -> None:
         self.sock.sendall(b"".join(frames))

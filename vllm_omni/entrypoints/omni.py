@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import queue
-import threading
 import uuid
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vllm_omni.config.stage import PipelineConfig
 from vllm_omni.entrypoints.async_omni import AsyncOmni, SamplingParamsArg
+from vllm_omni.entrypoints.loop_thread import LoopThread
 from vllm_omni.entrypoints.params import whole_answers, with_negative
 from vllm_omni.entrypoints.progress import Progress
 from vllm_omni.entrypoints.results import join
@@ -32,11 +30,9 @@ class Omni:
 
     def __init__(self, model: str | None = None, **kwargs: Any) -> None:
         self._async = AsyncOmni(model, **kwargs)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="omni-loop", daemon=True)
-        self._thread.start()
-        self._finalizer = weakref.finalize(self, _close, self._async, self._loop, self._thread)
-        self._run(self._async.attach())
+        self._loop = LoopThread("omni-loop")
+        self._finalizer = weakref.finalize(self, _close, self._async, self._loop)
+        self._loop.run(self._async.attach())
 
     def generate(
         self,
@@ -67,10 +63,8 @@ class Omni:
             timeout: seconds for the whole call.
             **loose: fields of ``OmniDiffusionSamplingParams`` (``height=512``), set over the sampling parameters.
 
-        Raises:
-            RequestError: a prompt or a parameter is wrong.
-            DeadlineError: ``timeout`` is over.
-            StageError: a stage failed; ``StageDeadError`` when it is gone.
+        Raises ``RequestError`` (bad input), ``DeadlineError`` (``timeout`` is over), ``StageError`` (a stage failed;
+        ``StageDeadError`` when it is gone).
         """
         if sampling_params is not None and sampling_params_list is not None:
             raise RequestError(
@@ -112,21 +106,26 @@ class Omni:
         running = set(good)
         if self._async.is_stopped:
             raise StageDeadError("the engine is closed")
-        self._loop.call_soon_threadsafe(self._open, good, events)
+        self._loop.call_soon(self._open, good, events)
         with progress:
             progress.ended(len(errors))
             try:
                 while running:
                     index, kind, value = events.get()
                     if kind == "output":
-                        yield index, self._async.build(good[index], *value)
+                        try:
+                            output = self._async.build(good[index], *value)
+                        except OmniError as error:  # its maker died before it was read
+                            errors[index] = error
+                        else:
+                            yield index, output
                     elif kind == "progress":
                         progress.step(*value)
                     else:
                         running.discard(index)
                         progress.ended(1)
                         if value is not None:
-                            errors[index] = value
+                            errors.setdefault(index, value)
             finally:
                 for index in running:
                     self.abort(good[index].request_id)
@@ -141,35 +140,25 @@ class Omni:
             except OmniError as error:
                 sink.on_end(error)
 
-    def _run(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
-
     def abort(self, request_id: str) -> None:
         """Abort every open request with this id (outputs carry it); from any thread. Idempotent."""
-        self._run(self._async.abort(request_id))
+        self._loop.run(self._async.abort(request_id))
 
     def start_profile(self, stages: Sequence[int] | None = None) -> None:
         """Start a torch profiler trace in all stages, or in ``stages``."""
-        self._run(self._async.start_profile(stages))
+        self._loop.run(self._async.start_profile(stages))
 
     def stop_profile(self, stages: Sequence[int] | None = None) -> dict[int, list[str]]:
         """Stop the traces; returns the files written, by stage id."""
-        files: dict[int, list[str]] = self._run(self._async.stop_profile(stages))
-        return files
+        return self._loop.run(self._async.stop_profile(stages))
 
     def check_health(self, timeout: float = 10.0) -> None:
         """As ``AsyncOmni.check_health``."""
-        self._run(self._async.check_health(timeout))
+        self._loop.run(self._async.check_health(timeout))
 
     def collective_rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """As ``AsyncOmni.collective_rpc``."""
-        results: list[Any] = self._run(self._async.collective_rpc(method, *args, **kwargs))
-        return results
-
-    @property
-    def pipeline(self) -> PipelineConfig:
-        """The stage configuration that is run."""
-        return self._async.pipeline
+        return self._loop.run(self._async.collective_rpc(method, *args, **kwargs))
 
     @property
     def num_stages(self) -> int:
@@ -208,13 +197,6 @@ def _whole(request: OmniRequest | OmniError) -> OmniRequest | OmniError:
     return replace(request, sampling_params=whole_answers(request.sampling_params))
 
 
-def _close(engine: AsyncOmni, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    """Shut down in the loop, then end the loop's thread."""
-
-    async def shutdown() -> None:
-        engine.shutdown()
-
-    asyncio.run_coroutine_threadsafe(shutdown(), loop).result()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+def _close(engine: AsyncOmni, loop: LoopThread) -> None:
+    loop.run_function(engine.shutdown)
+    loop.stop()

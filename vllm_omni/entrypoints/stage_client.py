@@ -24,7 +24,7 @@ from vllm_omni.errors import DeadlineError, OmniError, StageDeadError
 __all__ = ["ProcessStageClient", "StageClient", "StageListener", "StageOutput"]
 
 
-class ProcessStageClient(StageClient, asyncio.Protocol):
+class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
     """Client of a stage process of this package, over its socket pair."""
 
     def __init__(self, handle: StageHandle, codec: Codec) -> None:
@@ -33,6 +33,7 @@ class ProcessStageClient(StageClient, asyncio.Protocol):
         self._handle = handle
         self._codec = codec
         self._reader = handle.reader
+        self._buffer = memoryview(bytearray(m.RECEIVE_BYTES))  # one for all messages: a fresh one costs 30 us
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count()
         self._last_words = ""
@@ -53,8 +54,11 @@ class ProcessStageClient(StageClient, asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # by its methods: uvloop's is no subclass
 
-    def data_received(self, data: bytes) -> None:
-        for message, payload in self._reader.feed(data):
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        for message, payload in self._reader.feed(self._buffer[:nbytes]):
             self._handle_message(message, payload)
 
     def _handle_message(self, message: m.Message, payload: memoryview) -> None:

@@ -1,0 +1,76 @@
+"""Leaves that stay in shared memory while a process passes them on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vllm_omni.distributed.omni_connectors.utils.arena import Arena, Ref
+from vllm_omni.distributed.omni_connectors.utils.leaves import build
+
+
+class LeafRef:
+    """A large leaf that stays where its maker put it; frees its lease when it is dropped.
+
+    Attributes:
+        kind: ``tensor``, ``array``, ``image`` or ``bytes``.
+        facts: what is known without the bytes: (dtype, shape) or (mode, size, palette).
+    """
+
+    __slots__ = ("_arena", "_view", "facts", "kind", "ref", "shared")
+
+    def __init__(self, kind: str, facts: list[Any], ref: Ref, arena: Arena) -> None:
+        self.kind = kind
+        self.facts = facts
+        self.ref = ref
+        self.shared = False
+        """Several readers: each takes a copy, so that none sees what another writes."""
+        self._arena = arena
+        self._view: Any = None
+
+    def __repr__(self) -> str:
+        return f"LeafRef({self.kind}, {self.facts}, {self.ref.nbytes} bytes)"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a tensor or array."""
+        return tuple(self.facts[1])
+
+    def load(self) -> Any:
+        """The value itself. The lease then lasts as long as a view of the bytes does."""
+        if self._view is None:
+            self._view = self._arena.open(self.ref)
+        return build(self.kind, self.facts, self._view, shared=not self.shared)
+
+    def lend(self, holder: int) -> list[Any]:
+        """Header words of a further reference, for process ``holder``."""
+        return [self.kind, self.facts, self._arena.lend(self.ref, holder), self.shared]
+
+    def __del__(self) -> None:
+        if self._view is None:
+            self._arena.release(self.ref)
+
+
+def resolve(obj: Any) -> Any:
+    """``obj`` with every ``LeafRef`` loaded."""
+    kind = type(obj)
+    if kind is LeafRef:
+        return obj.load()
+    if kind is dict:
+        return {key: resolve(value) for key, value in obj.items()}
+    if kind is list or kind is tuple:
+        return kind(resolve(value) for value in obj)
+    return obj
+
+
+def leaf_refs(obj: Any) -> Iterator[LeafRef]:
+    """Every ``LeafRef`` in ``obj``."""
+    kind = type(obj)
+    if kind is LeafRef:
+        yield obj
+    elif kind is dict:
+        for value in obj.values():
+            yield from leaf_refs(value)
+    elif kind is list or kind is tuple:
+        for value in obj:
+            yield from leaf_refs(value)
