@@ -57,6 +57,7 @@ def test_info(engine: DiffusionEngine) -> None:
     assert info.ranks == 2
     assert len(info.pids) == 2
     assert all(alive(pid) and pid != os.getpid() for pid in info.pids)
+    assert [Path(f"/proc/{pid}/comm").read_text().strip() for pid in info.pids] == ["omni-rank0", "omni-rank1"]
 
 
 def test_two_ranks_make_the_pictures_of_one(engine: DiffusionEngine) -> None:

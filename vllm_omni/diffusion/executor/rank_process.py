@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 from vllm_omni.diffusion import ipc
 from vllm_omni.errors import ConfigError
-from vllm_omni.process import die_with_parent, watch_lifeline
+from vllm_omni.process import die_with_parent, name_process, watch_lifeline
 
 
 def rank_main(setup: ipc.RankSetup, connection: Connection, lifeline: Connection) -> None:
@@ -21,6 +21,7 @@ def rank_main(setup: ipc.RankSetup, connection: Connection, lifeline: Connection
     """
     die_with_parent(setup.parent_pid)
     watch_lifeline(lifeline)
+    name_process(f"omni-rank{setup.rank}")
     # Ctrl-C reaches the whole process group; the engine decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

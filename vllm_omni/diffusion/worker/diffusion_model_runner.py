@@ -143,8 +143,7 @@ class DiffusionModelRunner:
             if not pending.ready(wait):
                 break
             del self._pending[request_id]
-            if self.rank == 0:
-                result.outputs[request_id] = pending.output()
+            result.outputs[request_id] = pending.output()
         result.pending = len(self._pending)
         result.token_limits = {kind: self.meter.token_limit(kind) for kind in ("denoise", "decode")}
         result.token_limits["fit"] = self.meter.fit_limit()
@@ -263,7 +262,9 @@ class DiffusionModelRunner:
         self._finish(entry, out, None)
 
     def _finish(self, entry: _Request, out: DiffusionOutput, state: DenoiseState | None) -> None:
-        """Start the way of an output to the host."""
+        """Start the way of an output to the host; every rank made it, rank 0 hands it over."""
+        if self.rank != 0:
+            return
         (request_id,) = entry.req.request_ids
         params = entry.req.sampling_params
         metrics = dict(out.metrics)
