@@ -15,10 +15,11 @@ from vllm_omni.model_executor.models.qwen3_omni.vocoder import CodeWindow, Vocod
 from vllm_omni.model_executor.models.utils import OnePassModel
 
 SAMPLE_RATE = 24000
+FIRST_FRAMES = 4
 
 
 class Qwen3OmniCode2WavForConditionalGeneration(OnePassModel):
-    """Decodes one window a request, batched; implements ``OmniGenerator``.
+    """Decodes one window a request, batched; implements ``OmniGenerator`` and ``OmniWarmUp``.
 
     Payload: ``codes`` [T, groups] integers, ``context`` frames at its start that only give context, ``start`` frames of
     the waveform before the window. Output: ``audio`` float32 samples and ``sr``.
@@ -31,11 +32,23 @@ class Qwen3OmniCode2WavForConditionalGeneration(OnePassModel):
     def omni_generate(self, states: Sequence[OmniRequestState]) -> list[dict[str, Any]]:
         """New samples of each window."""
         windows = [self._window(state) for state in states]
+        low, high = torch.stack(torch.cat([window.codes_TQ for window in windows]).aminmax()).tolist()
+        if low < 0 or high >= self.vocoder.codebook_size:
+            allowed = f"0 to {self.vocoder.codebook_size - 1}"
+            raise RequestError(f"codes reach from {low} to {high}; allowed are {allowed}", field="codes")
         return [{"audio": wave, "sr": SAMPLE_RATE} for wave in self.vocoder.decode(windows)]
+
+    def omni_warm_up(self, max_num_seqs: int) -> None:
+        """Decode first windows of 1 and of ``max_num_seqs`` requests: CUDA's libraries choose their kernels then."""
+        if self.vocoder.device.type != "cuda":
+            return
+        codes = torch.zeros(FIRST_FRAMES, self.vocoder.groups, dtype=torch.int64, device=self.vocoder.device)
+        for count in {1, max_num_seqs}:
+            self.vocoder.decode([CodeWindow(codes)] * count)
 
     def _window(self, state: OmniRequestState) -> CodeWindow:
         codes = state.tensor("codes", (None, self.vocoder.groups)).long()
-        context, start = int(state.info.get("context", 0)), int(state.info.get("start", 0))
+        context, start = state.info.get("context", 0), state.info.get("start", 0)
         if not 0 <= context < codes.shape[0]:
             raise RequestError(f"context={context}: the window has {codes.shape[0]} frames", field="context")
         if start and context <= self.vocoder.conv_context:
@@ -44,8 +57,6 @@ class Qwen3OmniCode2WavForConditionalGeneration(OnePassModel):
                 field="codec_left_context_frames",
                 value=context,
             )
-        if bool(((codes < 0) | (codes >= self.vocoder.codebook_size)).any()):
-            raise RequestError(f"codes must lie in 0..{self.vocoder.codebook_size - 1}", field="codes")
         return CodeWindow(codes, context, start)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -42,6 +42,7 @@ from vllm.transformers_utils.config import get_config
 
 from vllm_omni.errors import RequestError
 from vllm_omni.model_executor.layers.dense import load_dense_weights
+from vllm_omni.model_executor.layers.graphed import GraphedBatch, batch_sizes
 from vllm_omni.model_executor.models.interfaces import OmniRequestState, check_tensor
 from vllm_omni.model_executor.models.qwen3_omni.code_predictor import CodePredictor
 
@@ -81,7 +82,7 @@ class ResizeMLP(nn.Module):
 
 
 class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
-    """Stage ``talker``: implements ``OmniDecodeEmbedder``, ``OmniPositioner`` and ``OmniStepper``."""
+    """Stage ``talker``: implements ``OmniDecodeEmbedder``, ``OmniPositioner``, ``OmniStepper`` and ``OmniWarmUp``."""
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={
@@ -121,6 +122,8 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
         self.text_projection = ResizeMLP(config)
         self.hidden_projection = ResizeMLP(config)
         self.code_predictor = CodePredictor(config.code_predictor_config)
+        self._predict = GraphedBatch(self.code_predictor)
+        self._eager: bool = vllm_config.model_config.enforce_eager
         suppressed = torch.arange(text.vocab_size) >= text.vocab_size - CONTROL_IDS
         suppressed[config.codec_eos_token_id] = False
         self.register_buffer("suppressed", suppressed, persistent=False)
@@ -188,11 +191,20 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
         first = self.model.embed_input_ids(sampled)
         greedy, generators = self._sampling(states, sampled.device)
         noise = self.code_predictor.noise(len(states), generators, sampled.device)
-        residual, total = self.code_predictor(hidden.to(first.dtype), first, greedy, noise)
+        residual, total = self._predict(hidden.to(first.dtype), first, greedy, noise)
         total = total + first
         for row, (state, step) in enumerate(zip(states, step_idx, strict=True)):
             state.model.setdefault("codes", {})[step] = total[row]
         return {"codes": torch.cat([sampled[:, None], residual], dim=1).int()}
+
+    def omni_warm_up(self, max_num_seqs: int) -> None:
+        """Capture the code predictor: sixteen tiny passes a frame are bound by launches otherwise."""
+        device = self.suppressed.device
+        if self._eager or device.type != "cuda":
+            return
+        row = self.model.embed_input_ids(torch.zeros(1, dtype=torch.int64, device=device))
+        greedy = torch.ones(1, dtype=torch.bool, device=device)
+        self._predict.capture(batch_sizes(max_num_seqs), (row, row, greedy, self.code_predictor.noise(1, {}, device)))
 
     def _sampling(
         self, states: Sequence[OmniRequestState], device: torch.device
@@ -207,6 +219,8 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
                 if "generator" not in state.model:
                     state.model["generator"] = torch.Generator(device).manual_seed(params.seed)
                 generators[row] = state.model["generator"]
+        if all(greedy) or not any(greedy):
+            return torch.full((len(greedy),), greedy[0], device=device), generators
         return torch.tensor(greedy).to(device, non_blocking=True), generators
 
     def _prompt(self, state: OmniRequestState) -> torch.Tensor:

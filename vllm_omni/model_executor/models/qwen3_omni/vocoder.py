@@ -183,6 +183,11 @@ class Vocoder(nn.Module):
         self.samples_per_frame, self.lookahead, self.conv_context = _geometry([*self.upsample, self.decoder])
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.code_embedding.weight.device
+
+    @property
     def exact_context(self) -> int:
         """Context frames from which on a window's new samples equal those of one run over all frames."""
         return self.pre_transformer.reach + self.conv_context + 1
