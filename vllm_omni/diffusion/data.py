@@ -178,6 +178,17 @@ class OmniDiffusionConfig:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
 
     @property
+    def tf_model_config(self) -> dict[str, Any]:
+        """The checkpoint's transformer/config.json, for constructors of transformers.
+
+        Raises:
+            ConfigError: the checkpoint or the file is missing.
+        """
+        from vllm_omni.diffusion.utils.checkpoint import model_folder, read_config
+
+        return read_config(model_folder(self.model, self.revision), "transformer", "config.json")
+
+    @property
     def device_type(self) -> str:
         """``device`` with ``auto`` resolved: ``cuda`` or ``cpu``."""
         import torch

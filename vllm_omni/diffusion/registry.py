@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_omni.config.schema import nearest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.utils.checkpoint import model_class_name, model_folder, read_config
+from vllm_omni.diffusion.utils.checkpoint import model_class_name, model_folder
 from vllm_omni.errors import ConfigError
 
 _DIFFUSION_MODELS: dict[str, tuple[str, str, str]] = {
@@ -148,9 +148,7 @@ def check_features(od_config: OmniDiffusionConfig) -> None:
             raise ConfigError(f"{field_name}={value}: {name} does not support {feature}; use 1", field=field_name)
     tp = od_config.parallel_config.tensor_parallel_size
     if tp > 1:
-        heads = read_config(model_folder(od_config.model, od_config.revision), "transformer", "config.json")[
-            "num_attention_heads"
-        ]
+        heads = od_config.tf_model_config["num_attention_heads"]
         if heads % tp:
             allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise ConfigError(

@@ -13,8 +13,8 @@ _SEED = 20250805
 def init_dummy_weights(module: nn.Module, seed: int = _SEED) -> None:
     """Fill every parameter with reproducible random numbers, on the device that it lives on.
 
-    Matrices get N(0, 1/fan_in), so that activations keep their size; vectors get small noise, around one where they
-    scale a norm. Each parameter has a generator of its own, so the values do not depend on the order of modules. Under
+    Matrices get N(0, 1/fan_in), so that activations keep their size; the rest gets small noise, around one where it
+    scales a norm. Each parameter has a generator of its own, so the values do not depend on the order of modules. Under
     tensor parallelism every rank fills its slice with the same numbers: a consistent model, but another one than that
     of one rank.
     """
@@ -22,9 +22,13 @@ def init_dummy_weights(module: nn.Module, seed: int = _SEED) -> None:
         for name, param in owner.named_parameters(recurse=False):
             full_name = f"{owner_name}.{name}"
             generator = torch.Generator(param.device).manual_seed(seed ^ zlib.crc32(full_name.encode()))
+            scales = name == "gamma" or (
+                name == "weight" and (param.dim() < 2 or "norm" in type(owner).__name__.lower())
+            )
             with torch.no_grad():
-                if param.dim() >= 2:
-                    param.normal_(0.0, param[0].numel() ** -0.5, generator=generator)
+                if scales:
+                    param.normal_(1.0, 0.02, generator=generator)
+                elif param.dim() < 2:
+                    param.normal_(0.0, 0.02, generator=generator)
                 else:
-                    around = 1.0 if name in ("weight", "gamma") else 0.0
-                    param.normal_(around, 0.02, generator=generator)
+                    param.normal_(0.0, param[0].numel() ** -0.5, generator=generator)

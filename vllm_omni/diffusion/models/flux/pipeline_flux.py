@@ -18,7 +18,6 @@ from vllm_omni.diffusion.models.common.state import Conditioning
 from vllm_omni.diffusion.models.common.text_encoders import encode_clip_pooled, encode_t5
 from vllm_omni.diffusion.models.flux.defaults import DEV, SCHNELL
 from vllm_omni.diffusion.models.flux.flux_transformer import FluxTransformer2DModel
-from vllm_omni.diffusion.utils.checkpoint import read_config
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
@@ -35,13 +34,12 @@ class FluxPipeline(DiTPipeline):
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
         super().__init__(od_config=od_config, prefix=prefix)
-        config = read_config(self.folder, "transformer", "config.json")
         self.tokenizer = load_tokenizer(self.folder, "tokenizer", od_config)
         self.tokenizer_2 = load_tokenizer(self.folder, "tokenizer_2", od_config)
         self.text_encoder = build_encoder(CLIPTextModel, self.folder, "text_encoder")
         self.text_encoder_2 = build_encoder(T5EncoderModel, self.folder, "text_encoder_2")
         self.transformer = FluxTransformer2DModel(
-            od_config=od_config, **get_transformer_config_kwargs(config, FluxTransformer2DModel)
+            od_config=od_config, **get_transformer_config_kwargs(od_config.tf_model_config, FluxTransformer2DModel)
         )
         self.vae = build_vae(AutoencoderKL, self.folder, od_config)
         self.vae_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)

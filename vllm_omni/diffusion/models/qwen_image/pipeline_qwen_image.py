@@ -18,7 +18,6 @@ from vllm_omni.diffusion.models.common.state import Conditioning
 from vllm_omni.diffusion.models.common.text_encoders import PromptTemplate, encode_causal_lm
 from vllm_omni.diffusion.models.qwen_image.defaults import QWEN_IMAGE
 from vllm_omni.diffusion.models.qwen_image.qwen_image_transformer import QwenImageTransformer2DModel
-from vllm_omni.diffusion.utils.checkpoint import read_config
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
@@ -45,11 +44,10 @@ class QwenImagePipeline(DiTPipeline):
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
         super().__init__(od_config=od_config, prefix=prefix)
-        config = read_config(self.folder, "transformer", "config.json")
         self.tokenizer = load_tokenizer(self.folder, "tokenizer", od_config)
         self.text_encoder: Any = build_encoder(Qwen2_5_VLForConditionalGeneration, self.folder, "text_encoder")
         self.transformer = QwenImageTransformer2DModel(
-            od_config=od_config, **get_transformer_config_kwargs(config, QwenImageTransformer2DModel)
+            od_config=od_config, **get_transformer_config_kwargs(od_config.tf_model_config, QwenImageTransformer2DModel)
         )
         self.vae = build_vae(AutoencoderKLQwenImage, self.folder, od_config)
         self.vae_scale = 2 ** len(self.vae.config.temperal_downsample)
