@@ -39,6 +39,8 @@ class OmniModelConfig(ModelConfig):
     hidden_layers: tuple[int, ...] = ()
     """Hidden states that the stage sends on, numbered as in transformers' ``hidden_states``: 0 is the embeddings, ``k``
     what ``k`` layers made, and -1 the final, normed state."""
+    hidden_rows: str = "all"
+    """Positions whose hidden states are sent: ``all``, or ``media``: the prompt's, of prompts with media."""
 
     takes_payload: bool = False
     """Whether the stage's model reads what comes with a request."""

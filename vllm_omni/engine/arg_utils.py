@@ -53,6 +53,8 @@ class OmniEngineArgs(EngineArgs):
     """Whether conditioning arrives in chunks while the stage runs."""
     hidden_layers: tuple[int, ...] = field(default=())
     """Hidden states to send on: 0 is the embeddings, ``k`` what ``k`` layers made, -1 the final, normed state."""
+    hidden_rows: Literal["all", "media"] = "all"
+    """Positions whose hidden states are sent: all, or the prompt's, of prompts with media."""
 
     @classmethod
     def from_stage(
@@ -102,6 +104,10 @@ class OmniEngineArgs(EngineArgs):
             self._refuse(
                 "pipeline_parallel_size", "omni stages do not split layers over ranks; use tensor_parallel_size"
             )
+        if self.hidden_rows not in ("all", "media"):
+            self._refuse("hidden_rows", "allowed are all and media")
+        if self.hidden_rows == "media" and not self.hidden_layers:
+            self._refuse("hidden_rows", "without hidden_layers there is nothing to send")
         if self.speculative_config is not None and self.hidden_layers:
             self._refuse("speculative_config", "a drafter and hidden_layers share vLLM's way out for inner layers")
         self.worker_cls = f"{_WORKER}.{'GPUARWorker' if self.stage_type == 'ar' else 'GPUGenerationWorker'}"
@@ -137,6 +143,7 @@ class OmniEngineArgs(EngineArgs):
             model_arch=self.model_arch or base.architectures[0],
             omni_kv_config=self.omni_kv_config,
             hidden_layers=self.hidden_layers,
+            hidden_rows=self.hidden_rows,
             takes_payload=issubclass(model, (OmniEmbedder, OmniPositioner, OmniStepper)),
             driver_pid=os.getpid(),
             **values,

@@ -164,8 +164,9 @@ class OmniInputProcessor(InputProcessor):
         """
         config: OmniModelConfig = self.model_config
         data = self.target.pack(parts.information) if config.takes_payload else []
-        OmniPayload(data, steps=parts.steps, last=last, emit=parts.emit).attach(request.sampling_params)
-        if parts.emit and config.hidden_layers:
+        emit = parts.emit and (config.hidden_rows == "all" or bool(request.mm_features))
+        OmniPayload(data, steps=parts.steps, last=last, emit=emit).attach(request.sampling_params)
+        if emit and config.hidden_layers:
             request.sampling_params.skip_reading_prefix_cache = True
         if data or not last:
             request.cache_salt = request.request_id

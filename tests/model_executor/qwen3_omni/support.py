@@ -129,13 +129,14 @@ class _Flow:
 class Pipeline:
     """Thinker, talker and code2wav of one checkpoint; the edges are called for every output, or once at the end."""
 
-    def __init__(self, start_stage: StageSet, folder: Path, config: Any, **talker_args: Any) -> None:
+    def __init__(self, start_stage: StageSet, folder: Path, config: Any, rows: str = "all", **talker_args: Any) -> None:
         self.config = config
         self.thinker = start_stage(
             folder,
             model_stage="thinker",
             model_arch="Qwen3OmniThinkerForConditionalGeneration",
             hidden_layers=(0, config.talker_config.accept_hidden_layer),
+            hidden_rows=rows,
             max_model_len=512,
         )
         self.talker = start_stage(
@@ -207,7 +208,7 @@ class Pipeline:
         new = range(flow.seen[0], len(result.tokens))
         if not new or not (stream or result.finished):
             return
-        outputs = [{"token_ids": [result.tokens[i]], **result.payloads[i]} for i in new]
+        outputs = [{"token_ids": [result.tokens[i]], **dict(*result.payloads[i : i + 1])} for i in new]
         if not flow.seen[0]:
             outputs[0]["prompt_token_ids"] = flow.prompt_ids
         flow.seen[0] = len(result.tokens)

@@ -15,11 +15,13 @@ TOKENS, FRAMES = 10, 12
 
 @pytest.fixture(scope="module")
 def pipeline(start_stage: StageSet, checkpoint: Path, reference: Reference) -> Pipeline:
-    """Prompts go in parts of 16 tokens, and the KV cache holds two requests of the three below."""
+    """Prompts go in parts of 16 tokens, the KV cache holds two requests of the three below, and the thinker sends the
+    rows of media prompts alone."""
     return Pipeline(
         start_stage,
         checkpoint,
         reference.config,
+        rows="media",
         max_num_batched_tokens=16,
         enable_chunked_prefill=True,
         block_size=32,
@@ -59,6 +61,20 @@ def test_turns_with_media(pipeline: Pipeline, reference: Reference) -> None:
     (got,) = pipeline.speak([prompt], TOKENS, FRAMES)
     assert got.tokens == want.tokens
     assert torch.equal(got.codes.long(), want.codes)
+
+
+def test_the_thinker_sends_what_is_heard(pipeline: Pipeline, reference: Reference) -> None:
+    """One payload for a prompt with media, with the rows of the prompt; none for a text prompt."""
+    from vllm.sampling_params import SamplingParams
+
+    prompts = [make_prompt(reference.processor, kind) for kind in ("image", "text")]
+    image, text = pipeline.thinker.ask([p.ours for p in prompts], SamplingParams(temperature=0.0, max_tokens=5))
+    assert [len(image.tokens), len(text.tokens)] == [5, 5]
+    (payload,) = image.payloads
+    length = reference.inputs(prompts[0])["input_ids"].shape[1]
+    layer = f"hidden.{reference.config.talker_config.accept_hidden_layer}"
+    assert [len(payload[name]) for name in (layer, "positions")] == [length, length]
+    assert text.payloads == []
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
