@@ -209,7 +209,96 @@ def tiny_config() -> dict[str, Any]:
     }
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+_FULL_SIZES: dict[str, Any] = {
+    "torch_dtype": "bfloat16",
+    "thinker_config": {
+        "audio_config": {
+            "d_model": 1280,
+            "encoder_layers": 32,
+            "encoder_attention_heads": 20,
+            "encoder_ffn_dim": 5120,
+            "output_dim": 3584,
+        },
+        "vision_config": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "out_hidden_size": 3584,
+        },
+        "text_config": {
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            **_rope([16, 24, 24]),
+        },
+    },
+    "talker_config": {
+        "embedding_size": 3584,
+        "hidden_size": 896,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        **_rope([16, 24, 24]),
+    },
+    "token2wav_config": {
+        "dit_config": {
+            "hidden_size": 1024,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 16,
+            "head_dim": 64,
+            "emb_dim": 512,
+            "look_ahead_layers": [10],
+            "look_backward_layers": [0, 20],
+            "enc_emb_dim": 192,
+            "enc_dim": 128,
+            "enc_channels": [256, 256, 256, 256, 768],
+            "enc_attention_channels": 64,
+            "enc_se_channels": 64,
+        },
+        "bigvgan_config": {"upsample_initial_channel": 1536},
+    },
+}
+"""Where Qwen2.5-Omni-7B differs from ``tiny_config``."""
+
+
+def full_size_config() -> dict[str, Any]:
+    """``config.json`` with the sizes of Qwen2.5-Omni-7B; the token ids are those of the tiny tokenizer."""
+    return _merged(tiny_config(), _FULL_SIZES)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    nested = {
+        k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()
+    }
+    return {**base, **nested}
+
+
+def make_full_size_qwen2_5_omni(folder: str | Path) -> Path:
+    """Write configuration, tokenizer, processor and voices of the released sizes, without weights.
+
+    For ``load_format: dummy``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = full_size_config()
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    _processor().save_pretrained(folder)
+    make_voices(folder / "spk_dict.pt", _config(values))
+    return folder
+
+
+def _config(values: dict[str, Any]) -> Qwen2_5OmniConfig:
+    return Qwen2_5OmniConfig(**{k: v for k, v in values.items() if k != "architectures"})
+
+
+@torch.no_grad()
 def _randomise(model: nn.Module, generator: torch.Generator) -> None:
     """Weights by fan-in, so that layers neither vanish nor saturate; norms near one."""
     for name, param in model.named_parameters():
@@ -224,7 +313,7 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
             param.copy_(0.1 * noise)
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def _tame(model: Qwen2_5OmniForConditionalGeneration) -> None:
     """Keep ids that end or break a generation out of reach, and the sound inside [-1, 1]."""
     # No special token, so that generation runs to its token limit.
@@ -264,7 +353,7 @@ def make_tiny_qwen2_5_omni(folder: str | Path, seed: int = 0) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = tiny_config()
-    config = Qwen2_5OmniConfig(**{k: v for k, v in values.items() if k != "architectures"})
+    config = _config(values)
     model = Qwen2_5OmniForConditionalGeneration(config).eval()
     _randomise(model, torch.Generator().manual_seed(seed))
     _tame(model)
