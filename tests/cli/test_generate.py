@@ -1,7 +1,9 @@
 """``vllm-omni generate``: what is written, reported and left behind. The stage paints (``picture_stage``)."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -109,8 +111,34 @@ def test_a_file_of_prompts_with_good_and_bad_lines(generate: Generate, tmp_path:
 def test_show_draws_the_picture(generate: Generate) -> None:
     status, out, _ = generate("bright", "--seed", "255", "--width", "64", "--height", "64", "--show")
     assert status == 0
-    assert len(out) == 41, "the file's name, and 80 columns of a square"
+    assert len(out) == 43, "the file written, a gap, its name again, and 80 columns of a square"
     assert all(line.isascii() for line in out)
+
+
+def test_on_a_terminal_there_are_bars_and_colours(stages: Path, tmp_path: Path) -> None:
+    """The terminal is a pseudo-terminal; what is left on it is the file's name and the picture."""
+    main, side = pty.openpty()
+    command = [sys.executable, "-m", "vllm_omni", "generate", "a cup", "--stage-configs-path", stages, "--show"]
+    environ = {**os.environ, "COLORTERM": "truecolor", "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
+    environ.pop("NO_COLOR", None)
+    with subprocess.Popen(
+        [*command, "--output-dir", tmp_path, "--seed", "200", "--num-inference-steps", "500"],
+        stdin=side, stdout=side, stderr=side, cwd=ROOT, env=environ,
+    ) as process:  # fmt: skip
+        os.close(side)
+        seen = bytearray()
+        with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+            while data := os.read(main, 65536):
+                seen += data
+        os.close(main)
+    text = seen.decode()
+    assert process.returncode == 0
+    assert "starting" in text
+    assert "/500" in text
+    assert "steps" in text
+    assert str(tmp_path / "a-cup.png") in text
+    assert "\x1b[38;2;200;0;" in text
+    assert "\u2580" in text
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from vllm_omni.errors import OmniError, RequestError, StageDeadError, StageError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniSamplingParams
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from vllm_omni.entrypoints.async_omni import AsyncOmni
     from vllm_omni.outputs import OmniRequestOutput
 
@@ -162,6 +164,7 @@ class _Drawing:
         self._destination = destination
         self._show = show
         self._progress = progress
+        self._to_show: list[tuple[Path, Image]] = []
 
     def run(self, jobs: list[Job]) -> int:
         """Draw all; returns how many failed (reported)."""
@@ -169,7 +172,11 @@ class _Drawing:
 
         with self._progress.loading("starting"):
             omni = AsyncOmni(**self._arguments)
-        return asyncio.run(self._draw_all(omni, jobs))
+        failed = asyncio.run(self._draw_all(omni, jobs))
+        for path, image in self._to_show:  # not before the bars are gone: both would move the cursor
+            print(f"\n{path}")
+            terminal.show(image, sys.stdout)
+        return failed
 
     async def _draw_all(self, omni: AsyncOmni, jobs: list[Job]) -> int:
         places = asyncio.Semaphore(MAX_OPEN)
@@ -225,7 +232,7 @@ class _Drawing:
                 pictures.save_tensors({"latents" if form == "latent" else "image": thing}, path)
             self._progress.say(str(path))
             if self._show and form == "pil":
-                terminal.show(thing, sys.stdout)
+                self._to_show.append((path, thing))
         if job.given.get("return_trajectory_latents") and form != "latent":
             path = path.with_suffix(".trajectory.safetensors")
             pictures.save_tensors({"latents": out.latents, "timesteps": out.metrics["trajectory_timesteps"]}, path)

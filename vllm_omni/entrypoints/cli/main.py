@@ -5,6 +5,7 @@ as one line on stderr: status 2 for bad input, 1 for a failure, 130 for Ctrl-C.
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -103,4 +104,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Console entry point."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        # As with ``python -m``: a custom pipeline or an edge function in the working directory can be named.
+        sys.path.insert(0, os.getcwd())
     sys.exit(run(sys.argv[1:]))

@@ -35,6 +35,8 @@ class GenerationProgress:
             TimeRemainingColumn(compact=True),
             console=self._console,
             transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
             disable=not enabled,
         )
         self._enabled = enabled
@@ -75,8 +77,8 @@ class GenerationProgress:
             self._bars.advance(self._overall)
 
     def say(self, text: str, error: bool = False) -> None:
-        """Print a line above the bars: results to stdout, errors to stderr."""
-        if self._enabled and self._bars.live.is_started and (error or sys.stdout.isatty()):
+        """Print a line, above the bars where there are some: results to stdout, errors to stderr."""
+        if self._bars.live.is_started and (error or sys.stdout.isatty()):
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr if error else sys.stdout, flush=True)
