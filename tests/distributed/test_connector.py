@@ -329,3 +329,18 @@ def note_kind(edge: Any) -> Any:
     with open(info["seen"], "a", encoding="utf-8") as file:
         file.write(type(info["image"]).__name__ + "\n")
     return outputs[0]
+
+
+def test_running_out_of_files_is_a_typed_error() -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    arena = Arena()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (psutil.Process().num_fds() + 6, hard))
+    try:
+        with pytest.raises(ConnectorError, match="no shared memory of 65536 bytes: Too many open files"):
+            for _ in range(10):
+                arena.write(10, lambda view: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        arena.close()

@@ -20,9 +20,11 @@ as cleared. No locks, no messages.
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import struct
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -36,6 +38,7 @@ _NO_LEASES = bytes(240)
 _MAX_LEASES = 60
 _IN_FLIGHT = 1
 _SMALLEST = 64 * 1024
+_DEAD_CHECK_SECONDS = 1.0
 POOL_BYTES = 512 * 1024 * 1024
 
 
@@ -91,10 +94,8 @@ class _Segment:
     def leased(self) -> bool:
         return self.map[_LEASES] != _NO_LEASES
 
-    def drop_dead(self) -> None:
-        for index, holder in enumerate(struct.unpack_from(f"<{_MAX_LEASES}I", self.map, 16)):
-            if holder > _IN_FLIGHT and not _alive(holder):
-                self.set_lease(index, 0)
+    def holders(self) -> tuple[int, ...]:
+        return struct.unpack_from(f"<{_MAX_LEASES}I", self.map, 16)
 
     def retire(self) -> None:
         struct.pack_into("<Q", self.map, 8, 1)
@@ -127,6 +128,7 @@ class Arena:
         self._own: dict[int, _Segment] = {}
         self._mapped: dict[tuple[int, int, int], _Segment] = {}
         self._closed = False
+        self._looked_for_dead = time.monotonic()
 
     # ---------------------------------------------------------------- owner
 
@@ -154,9 +156,21 @@ class Arena:
 
     def reap(self) -> None:
         """Return segments without leases to the pool, and to the system what the pool may not keep."""
+        self._drop_dead()
+        self._collect()
+
+    def _drop_dead(self) -> None:
+        """Clear the leases of processes that are gone."""
+        alive = functools.cache(_alive)
+        for segment in self._busy:
+            for index, holder in enumerate(segment.holders()):
+                if holder > _IN_FLIGHT and not alive(holder):
+                    segment.set_lease(index, 0)
+        self._looked_for_dead = time.monotonic()
+
+    def _collect(self) -> None:
         busy: list[_Segment] = []
         for segment in self._busy:
-            segment.drop_dead()
             (busy.append if segment.leased() else self._free[segment.size].append)(segment)
         self._busy = busy
         pooled = sum(size * len(segments) for size, segments in self._free.items())
@@ -168,12 +182,17 @@ class Arena:
     def _take(self, nbytes: int) -> _Segment:
         size = max(_SMALLEST, 1 << (nbytes + _CONTENT - 1).bit_length())
         if not self._free[size]:
-            self.reap()
+            if time.monotonic() > self._looked_for_dead + _DEAD_CHECK_SECONDS:
+                self._drop_dead()
+            self._collect()
         if self._free[size]:
             return self._free[size].pop()
-        fd = os.memfd_create("omni-payload", os.MFD_CLOEXEC)
-        os.ftruncate(fd, size)
-        self._own[fd] = _Segment(fd, size)
+        try:
+            fd = os.memfd_create("omni-payload", os.MFD_CLOEXEC)
+            os.ftruncate(fd, size)
+            self._own[fd] = _Segment(fd, size)
+        except OSError as error:
+            raise ConnectorError(f"no shared memory of {size} bytes: {error.strerror}", errno=error.errno) from error
         return self._own[fd]
 
     def _retire(self, segment: _Segment) -> None:

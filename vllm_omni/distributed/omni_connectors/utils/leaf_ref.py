@@ -36,11 +36,11 @@ class LeafRef:
         """Shape of a tensor or array."""
         return tuple(self.facts[1])
 
-    def load(self) -> Any:
-        """The value itself. The lease then lasts as long as a view of the bytes does."""
+    def load(self, copy: bool = False) -> Any:
+        """The value itself, as a view of the shared bytes, whose lease then lasts as long as the view; or a copy."""
         if self._view is None:
             self._view = self._arena.open(self.ref)
-        return build(self.kind, self.facts, self._view, shared=not self.shared)
+        return build(self.kind, self.facts, self._view, shared=not (self.shared or copy))
 
     def lend(self, holder: int) -> list[Any]:
         """Header words of a further reference, for process ``holder``."""
@@ -52,10 +52,10 @@ class LeafRef:
 
 
 def resolve(obj: Any) -> Any:
-    """``obj`` with every ``LeafRef`` loaded."""
+    """``obj`` with every ``LeafRef`` replaced by a copy of its value, which may be kept for as long as one likes."""
     kind = type(obj)
     if kind is LeafRef:
-        return obj.load()
+        return obj.load(copy=True)
     if kind is dict:
         return {key: resolve(value) for key, value in obj.items()}
     if kind is list or kind is tuple:
