@@ -94,13 +94,14 @@ def test_a_file_of_prompts_with_good_and_bad_lines(generate: Generate, tmp_path:
         {"prompt": "small", "height": 3},
         {"prompt": "array", "output_type": "np"},
         {"prompt": "plain"},
+        {"prompt": "jpeg", "output": "a.jpg"},
     ]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join([*map(json.dumps, rows), "{broken"]) + "\n")
     status, out, err = generate("--prompts-file", file, "--seed", "3")
     assert status == 1
     assert {Path(line).name for line in out} == {"named.png", "00005-array.npy", "00006-plain.png"}
-    assert {line.split(":")[0] for line in err} == {"line 2", "line 3", "line 4", "line 7"}
+    assert {line.split(":")[0] for line in err} == {"line 2", "line 3", "line 4", "line 7", "line 8"}
     assert "told to refuse" in " ".join(err)
     assert "did you mean 'seed'" in " ".join(err)
     assert read_recipe(tmp_path / "out" / "named.png").seed == 200
@@ -152,6 +153,8 @@ def test_on_a_terminal_there_are_bars_and_colours(stages: Path, tmp_path: Path) 
         (("a", "--output-type", "jpg"), "--output-type"),
         (("--from-png", "pyproject.toml"), "is not a picture"),
         (("a", "--dtype", "float32"), "dtype"),
+        (("a", "-o", "a.jpg"), "is written as .png"),
+        (("a", "-o", "a.png", "--output-type", "np"), "is written as .npy"),
         (("refused",), "told to refuse"),
     ],
 )

@@ -79,7 +79,7 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="What the picture should not show.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write, for one prompt.")] = None,
     output_dir: Annotated[Path, typer.Option(help="Folder for files that are not named.")] = Path("outputs"),
-    show: Annotated[bool, typer.Option("--show", help="Draw each picture in the terminal.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Draw the pictures in the terminal at the end.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
     **flags: Any,
 ) -> None:
@@ -104,7 +104,7 @@ def generate(
         raise RequestError(f"--output names one file, and there are {len(rows)} prompts; use --output-dir")
 
     progress = GenerationProgress(len(rows), enabled=not quiet and sys.stderr.isatty())
-    jobs, bad = _check(rows, sampling, progress)
+    jobs, bad = _check(rows, sampling, output, progress)
     if not rows:
         raise RequestError(f"{prompts_file} holds no prompt", field="prompts_file")
     drawing = _Drawing(arguments, Destination(output, output_dir, len(rows) > 1), show, progress)
@@ -132,7 +132,7 @@ def _with_negative(row: PromptRow | BadRow, negative_prompt: str | None) -> Prom
 
 
 def _check(
-    rows: Iterable[PromptRow | BadRow], sampling: Mapping[str, Any], progress: GenerationProgress
+    rows: Iterable[PromptRow | BadRow], sampling: Mapping[str, Any], output: Path | None, progress: GenerationProgress
 ) -> tuple[list[Job], int]:
     """The rows that can be drawn, and how many cannot (reported).
 
@@ -144,7 +144,7 @@ def _check(
         try:
             if isinstance(row, BadRow):
                 raise row.error
-            row.sampling_params(sampling)
+            _check_suffix(output or row.output, row.sampling_params(sampling).output_type)
             jobs.append(Job(row, {**sampling, **row.overrides}))
         except RequestError as error:
             if row.line == 0:
@@ -152,6 +152,12 @@ def _check(
             bad += 1
             progress.say(f"line {row.line}: {error}", error=True)
     return jobs, bad
+
+
+def _check_suffix(name: str | Path | None, output_type: str) -> None:
+    wanted = pictures.SUFFIXES[output_type]
+    if name is not None and Path(name).suffix != wanted:
+        raise RequestError(f"output={str(name)!r}: output_type={output_type!r} is written as {wanted}", field="output")
 
 
 class _Drawing:
