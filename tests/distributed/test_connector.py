@@ -339,8 +339,7 @@ def test_running_out_of_files_is_a_typed_error() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (psutil.Process().num_fds() + 6, hard))
     try:
         with pytest.raises(ConnectorError, match="no shared memory of 65536 bytes: Too many open files"):
-            for _ in range(10):
-                arena.write(10, lambda view: None)
+            _ = [arena.write(10, lambda view: None) for _ in range(10)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         arena.close()
