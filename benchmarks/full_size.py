@@ -6,6 +6,7 @@ with random weights, so that speed at full size can be measured on a machine tha
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,33 +41,33 @@ def reference_pipeline(folder: Path, dtype: torch.dtype, device: str) -> Any:
         if "tokenizer" in name or name == "scheduler":
             parts[name] = cls.from_pretrained(folder / name)
         elif library == "diffusers":
-            with torch.device("meta"):
-                module = cls.from_config(cls.load_config(folder / name))
-            parts[name] = _randomise(module, dtype, device)
+            # On the device and not on "meta": Qwen-Image's rotary tables are plain attributes, made by the constructor.
+            config = cls.load_config(folder / name)
+            parts[name] = _randomise(_build(lambda cls=cls, config=config: cls.from_config(config), dtype, device))
         else:
             config = transformers.AutoConfig.from_pretrained(folder / name)
-            config = getattr(config, "text_config", config) if class_name == "CLIPTextModel" else config
-            with torch.device(device):
-                previous = torch.get_default_dtype()
-                torch.set_default_dtype(dtype)
-                try:
-                    parts[name] = cls(config).eval()
-                finally:
-                    torch.set_default_dtype(previous)
+            config = config.text_config if class_name == "CLIPTextModel" and "text_config" in config else config
+            parts[name] = _build(lambda cls=cls, config=config: cls(config), dtype, device)
     pipeline_class = getattr(diffusers, index["_class_name"])
     extra = {"image_encoder": None, "feature_extractor": None} if index["_class_name"] == "FluxPipeline" else {}
     return pipeline_class(**parts, **extra)
 
 
-def _randomise(module: Any, dtype: torch.dtype, device: str) -> Any:
-    module = module.to_empty(device=device).to(dtype).eval()
-    generator = torch.Generator(device).manual_seed(0)
+def _build(make: Callable[[], Any], dtype: torch.dtype, device: str) -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return make().eval().requires_grad_(False).to(dtype)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _randomise(module: Any) -> Any:
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(0)
     for name, parameter in module.named_parameters():
         if "norm" in name and name.endswith("weight") and parameter.ndim == 1:
-            parameter.data.fill_(1.0)
+            parameter.fill_(1.0)
         else:
-            parameter.data.normal_(0.0, 0.02, generator=generator)
-    for buffer in module.buffers():
-        if buffer.is_floating_point() and not buffer.is_complex():
-            buffer.data.zero_()
+            parameter.normal_(0.0, 0.02, generator=generator)
     return module
