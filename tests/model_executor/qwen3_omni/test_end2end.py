@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import random
 import subprocess
 import sys
 import wave
@@ -16,12 +18,13 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from vllm.sampling_params import RequestOutputKind
 
 from tests.ar_support import SMALL
 from tests.model_executor.qwen3_omni.support import MODALITIES, Reference, make_prompt
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.entrypoints.omni_args import STAGE_CONFIGS
-from vllm_omni.errors import RequestError
+from vllm_omni.errors import RequestAborted, RequestError
 
 ROOT = Path(__file__).parents[3]
 TOKENS, FRAMES = 8, 12
@@ -97,6 +100,51 @@ def test_text_alone_does_not_run_the_talker(omni: Omni, reference: Reference) ->
     (output,) = ask(omni, [make_prompt(reference.processor, "image").ours], output_modalities=["text"])
     assert len(output.outputs[0].token_ids) == TOKENS
     assert set(output.metrics["stages"]) == {"0"}
+
+
+def test_nothing_to_speak_is_text_without_sound(omni: Omni, reference: Reference) -> None:
+    params = [copy.deepcopy(given) for given in omni.default_sampling_params_list]
+    params[0].max_tokens = 1
+    (output,) = ask(omni, [make_prompt(reference.processor, "text").ours], sampling_params_list=params)
+    assert output.final_output_type == "text"
+    assert len(output.outputs[0].token_ids) == 1
+
+
+def test_aborts_under_load(omni: Omni, reference: Reference) -> None:
+    """Of many requests some go away at random points; the others are what they are without that, nothing is left."""
+    prompts = [
+        make_prompt(reference.processor, MODALITIES[i % 3], "say " * (i % 5 + 1), seed=i).ours for i in range(24)
+    ]
+    outputs = ask(omni, prompts)
+    want = [torch.as_tensor(output.multimodal_output["audio"]) for output in outputs[1::2]]
+    rng = random.Random(0)
+    leaves = {i: rng.randint(1, 8) for i in rng.sample(range(len(prompts)), 9)}
+    seen, got = [0] * len(prompts), [[] for _ in prompts]
+
+    def run() -> None:
+        for output in omni.generate(prompts, streaming(omni), py_generator=True, use_tqdm=False, timeout=120):
+            index = int(output.request_id.partition("_")[0])
+            seen[index] += 1
+            if seen[index] == leaves.get(index):
+                omni.abort(output.request_id)
+            if "audio" in output.multimodal_output:
+                got[index].append(torch.as_tensor(output.multimodal_output["audio"]))
+
+    with pytest.raises(RequestAborted):
+        run()
+    for index, wave_ in enumerate(want):
+        if index not in leaves:
+            torch.testing.assert_close(torch.cat(got[index]), wave_, atol=1e-4, rtol=0)
+    again = ask(omni, prompts[:2])
+    torch.testing.assert_close(torch.as_tensor(again[1].multimodal_output["audio"]), want[0], atol=1e-4, rtol=0)
+    assert all(counts["busy_segments"] == 0 for counts in omni.collective_rpc("omni_counts"))
+
+
+def streaming(omni: Omni) -> list[Any]:
+    """The stages' own parameters, with a piece of text for every token."""
+    params = [copy.deepcopy(given) for given in omni.default_sampling_params_list]
+    params[0].output_kind = RequestOutputKind.DELTA
+    return params
 
 
 def test_one_bad_request_among_good(omni: Omni, reference: Reference) -> None:

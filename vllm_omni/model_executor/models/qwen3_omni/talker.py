@@ -258,11 +258,12 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
     def _text_row(self, state: OmniRequestState, step: int) -> torch.Tensor:
         """Text conditioning [H] of a step; chunks that have arrived since are projected first."""
         rows: list[torch.Tensor] = state.model.setdefault("text", [])
-        sources = [state.info, *state.chunks]
-        for payload in sources[state.model.setdefault("read", 0) :]:
-            if "text" in payload:
-                rows.extend(self._project(check_tensor(payload, "text", (None,))))
-        state.model["read"] = len(sources)
+        read = state.model.get("read", 0)
+        if read <= len(state.chunks):
+            for payload in [state.info, *state.chunks[read:]] if read == 0 else state.chunks[read - 1 :]:
+                if "text" in payload:
+                    rows.extend(self._project(check_tensor(payload, "text", (None,))))
+            state.model["read"] = len(state.chunks) + 1
         return rows[step] if step < len(rows) else self._pad(state)
 
     def _pad(self, state: OmniRequestState) -> torch.Tensor:
