@@ -33,11 +33,10 @@ class HeldRows:
     """Position after the last row that was seen, held or sent; -1 before the first."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One request of a step."""
 
-    index: int
+    place: int
     """Place in the batch."""
     state: OmniRequestState
     begin: int
@@ -97,25 +96,23 @@ class Emission:
     def payloads(self) -> list[torch.Tensor | None]:
         """``pooler_output``: one packed payload, or None, for each request of the batch. Needs finished copies."""
         found: dict[int, dict[str, Any]] = {}
-        offset = 0
-        for row, held in zip(self.rows, self.held, strict=True):
-            count = row.end - row.begin
-            layers = {name: value[offset : offset + count] for name, value in self.layers.items()}
-            rows = _hidden(row, held, layers)
-            offset += count
+        counts = [row.end - row.begin for row in self.rows]
+        pieces = {name: value.split(counts) for name, value in self.layers.items()}
+        for number, (row, held) in enumerate(zip(self.rows, self.held, strict=True)):
+            rows = _hidden(row, held, {name: parts[number] for name, parts in pieces.items()})
             if rows:
-                found[row.index] = rows
+                found[row.place] = rows
         for number, row in enumerate(self.steps):
             out = self._step_output(number)
             if out:
-                found.setdefault(row.index, {}).update(out, step=row.step_idx)
+                found.setdefault(row.place, {}).update(out, step=row.step_idx)
         return [self.sender.pack(found[index]) if index in found else None for index in range(self.batch_size)]
 
     def fail(self, output: list[torch.Tensor | None], rows: Sequence[Row]) -> None:
         """Put the error of each failed request in place of its payload."""
         for row in rows:
             if row.state.error is not None and not row.partial:
-                output[row.index] = self.sender.pack({"error": row.state.error.to_wire()})
+                output[row.place] = self.sender.pack({"error": row.state.error.to_wire()})
 
     def _step_output(self, number: int) -> dict[str, Any]:
         if isinstance(self.outputs, Mapping):
@@ -135,7 +132,7 @@ def _hidden(row: Row, held: HeldRows, layers: dict[str, torch.Tensor]) -> dict[s
     if known < 0:
         raise RuntimeError(f"request {row.state.request_id}: rows {held.end} to {row.pos} were not computed")
     if last > held.end:
-        part = {name: value[known:] for name, value in layers.items()}
+        part = {name: value[known:] for name, value in layers.items()} if known else layers
         # Views of the step's buffers must not outlive the step.
         held.parts.append({name: value.clone() for name, value in part.items()} if row.partial else part)
         held.end = last

@@ -59,6 +59,7 @@ class GPUARModelRunner(OmniGPUModelRunner):
         self._embedder: OmniEmbedder | None = None
         self._decode_embedder: OmniDecodeEmbedder | None = None
         self._stepper: OmniStepper | None = None
+        self._works = False
         self._positioner: OmniPositioner | None = None
         self._embeddings: torch.Tensor | None = None
         self._sampled: torch.Tensor | None = None
@@ -69,6 +70,8 @@ class GPUARModelRunner(OmniGPUModelRunner):
         self._decode_embedder = model if isinstance(model, OmniDecodeEmbedder) else None
         self._stepper = model if isinstance(model, OmniStepper) else None
         self._positioner = model if isinstance(model, OmniPositioner) else None
+        # Without any of these nothing is sent, and nothing can fail: the stage is vLLM's own.
+        self._works = bool(self._layers or self._embedder or self._stepper or self.omni_config.takes_payload)
         if self._embedder is not None and not (self.enable_prompt_embeds or self.supports_mm_inputs):
             raise ConfigError("this model builds its input embeddings: set enable_prompt_embeds", field="model_arch")
 
@@ -153,7 +156,7 @@ class GPUARModelRunner(OmniGPUModelRunner):
     def sample_tokens(self, grammar_output: Any) -> Any:
         """vLLM's sampling, then the model's step hook; attaches ``pooler_output``."""
         step = self.execute_model_state
-        if step is None:
+        if step is None or not self._works:
             return super().sample_tokens(grammar_output)
         rows = self._rows()
         output = super().sample_tokens(grammar_output)
@@ -198,7 +201,7 @@ class GPUARModelRunner(OmniGPUModelRunner):
         assert self._sampled is not None
         sampled = self._sampled[:, 0].long()
         if len(rows) < batch:
-            index = torch.tensor([row.index for row in rows], device=sampled.device)
+            index = torch.tensor([row.place for row in rows], device=sampled.device)
             sampled, hidden = sampled[index], hidden[index]
         states: list[OmniRequestState] = [row.state for row in rows]
         return stepper.omni_step(states, [row.step_idx for row in rows], sampled, hidden)
