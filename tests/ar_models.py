@@ -13,16 +13,17 @@ from vllm_omni.model_executor.tiny_models.text import make_tokenizer
 HIDDEN, LAYERS = 64, 3
 
 
-def save_lm(folder: Path, kind: str = "qwen2", seed: int = 0) -> Any:
-    """Write a tiny random ``qwen2`` or ``qwen3`` language model with its tokenizer; returns it."""
+def save_lm(folder: Path, kind: str = "qwen2", seed: int = 0, heads: tuple[int, int] = (2, 1)) -> Any:
+    """Write a tiny random ``qwen2`` or ``qwen3`` language model with its tokenizer; returns it. ``heads`` are those of
+    queries, and of keys and values."""
     tokenizer = make_tokenizer({})
     common: dict[str, Any] = {
         "vocab_size": (len(tokenizer) + 63) // 64 * 64,
         "hidden_size": HIDDEN,
         "intermediate_size": 96,
         "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
         "max_position_embeddings": 512,
         "tie_word_embeddings": False,
         "eos_token_id": tokenizer.eos_token_id,
