@@ -129,7 +129,15 @@ class _Flow:
 class Pipeline:
     """Thinker, talker and code2wav of one checkpoint; the edges are called for every output, or once at the end."""
 
-    def __init__(self, start_stage: StageSet, folder: Path, config: Any, rows: str = "all", **talker_args: Any) -> None:
+    def __init__(
+        self,
+        start_stage: StageSet,
+        folder: Path,
+        config: Any,
+        rows: str = "all",
+        enforce_eager: bool = True,
+        **talker_args: Any,
+    ) -> None:
         self.config = config
         self.thinker = start_stage(
             folder,
@@ -137,6 +145,7 @@ class Pipeline:
             model_arch="Qwen3OmniThinkerForConditionalGeneration",
             hidden_layers=(0, config.talker_config.accept_hidden_layer),
             hidden_rows=rows,
+            enforce_eager=enforce_eager,
             max_model_len=512,
         )
         self.talker = start_stage(
@@ -146,7 +155,7 @@ class Pipeline:
             model_arch="Qwen3OmniTalkerForConditionalGeneration",
             hf_config_name="talker_config",
             skip_tokenizer_init=True,
-            **{"max_model_len": 512, **talker_args},
+            **{"max_model_len": 512, "enforce_eager": enforce_eager, **talker_args},
         )
         self.code2wav: Stage = start_stage(
             folder,
