@@ -87,13 +87,17 @@ class GPUGenerationModelRunner(OmniGPUModelRunner):
         """Never called: ``execute_model`` returns the output."""
         raise RuntimeError("a generation stage samples no tokens")
 
-    def profile_run(self) -> None:
+    def profile_run(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to measure: there is no KV cache to size."""
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         """Nothing to warm up in vLLM's way; see ``omni_warm_up``."""
         empty = torch.empty(0, device=self.device)
         return empty, empty
+
+    def _dummy_sampler_run(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Nothing is sampled."""
+        return torch.empty(0, device=self.device)
 
     def capture_model(self) -> int:
         """No graphs."""
