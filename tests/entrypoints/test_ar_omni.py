@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,4 +118,4 @@ def test_async(lm: tuple[Path, Any], omni: Omni) -> None:
         assert (await engine.collective_rpc("omni_counts"))[0]["requests"] <= 1
         await engine.check_health()
 
-    asyncio.run_coroutine_threadsafe(main(omni._async), omni._loop).result(60)
+    omni._loop.run(main(omni._async))
