@@ -44,7 +44,14 @@ class EdgeInput:
     """The checkpoint's configuration as transformers reads it, where the stages are parts of one checkpoint."""
 
 
-EDGE_SETTINGS = frozenset({"codec_chunk_frames", "initial_codec_chunk_frames", "codec_left_context_frames"})
+EDGE_SETTINGS = frozenset(
+    {
+        "codec_chunk_frames",
+        "initial_codec_chunk_frames",
+        "codec_left_context_frames",
+        "codec_right_context_frames",
+    }
+)
 """Keys of a connector's ``extra`` that are for edge functions (``EdgeInput.extra``) and not for the connector."""
 
 EdgeFunction = Callable[[EdgeInput], Any]

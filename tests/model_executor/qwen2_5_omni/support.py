@@ -32,15 +32,24 @@ class Prompt:
     """vLLM's ``multi_modal_data``."""
     media: dict[str, Any]
     """Arguments of transformers' processor."""
+    audio_in_video: bool = False
+    """Whether the sound is the video's own."""
 
     @property
     def ours(self) -> dict[str, Any]:
         """As a stage gets it."""
-        return {"prompt": self.text, "multi_modal_data": self.data} if self.data else {"prompt": self.text}
+        out: dict[str, Any] = {"prompt": self.text}
+        if self.data:
+            out["multi_modal_data"] = self.data
+        if self.audio_in_video:
+            out["mm_processor_kwargs"] = {"use_audio_in_video": True}
+        return out
 
 
-def make_prompt(processor: Any, kinds: Sequence[str], question: str = "what is it", seed: int = 0) -> Prompt:
-    """A prompt with one medium of each of ``kinds``, noise drawn from ``seed``."""
+def make_prompt(
+    processor: Any, kinds: Sequence[str], question: str = "what is it", seed: int = 0, audio_in_video: bool = False
+) -> Prompt:
+    """A prompt with one medium of each of ``kinds``, noise drawn from ``seed``; the audio may be the video's own."""
     rng = np.random.default_rng(seed)
     data: dict[str, Any] = {}
     media: dict[str, Any] = {}
@@ -54,9 +63,10 @@ def make_prompt(processor: Any, kinds: Sequence[str], question: str = "what is i
         video = rng.integers(0, 255, (4, 84, 84, 3), dtype=np.uint8)
         # vLLM takes one second a pair of frames where the processor says nothing; that is two frames a second.
         data["video"], media["videos"], media["fps"] = video, [video], 2.0
-    content = [{"type": kind} for kind in kinds if kind != "text"]
-    turns = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    return Prompt(processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False), data, media)
+    shown = [kind for kind in kinds if kind != "text" and not (audio_in_video and kind == "audio")]
+    turns = [{"role": "user", "content": [*({"type": kind} for kind in shown), {"type": "text", "text": question}]}]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return Prompt(text, data, media, audio_in_video)
 
 
 @dataclass
@@ -86,7 +96,8 @@ class Reference:
         ``generate`` of transformers 5.19 drops an attention mask of ones, and without a mask its talker forgets the
         codec embeddings of the prompt's end and its three-dimensional positions. The pad keeps the mask.
         """
-        out = dict(self.processor(text=prompt.text, return_tensors="pt", **prompt.media))
+        sounds = {"use_audio_in_video": True} if prompt.audio_in_video else {}
+        out = dict(self.processor(text=prompt.text, return_tensors="pt", **prompt.media, **sounds), **sounds)
         pad = self.processor.tokenizer.pad_token_id
         out["input_ids"] = torch.nn.functional.pad(out["input_ids"], (1, 0), value=pad)
         out["attention_mask"] = torch.nn.functional.pad(out["attention_mask"], (1, 0), value=0)

@@ -73,6 +73,15 @@ def test_image_and_audio_in_one_prompt(pipeline: Pipeline, reference: Reference)
     check(pipeline.speak([prompt], TOKENS, CODES)[0], reference.speak(prompt, TOKENS, CODES))
 
 
+def test_a_video_with_its_sound(pipeline: Pipeline, reference: Reference) -> None:
+    """``use_audio_in_video``: frames and sounds take turns in the prompt, and their markers share positions."""
+    prompt = make_prompt(reference.processor, ["video", "audio"], seed=6, audio_in_video=True)
+    want = reference.speak(prompt, TOKENS, CODES)
+    apart = reference.speak(make_prompt(reference.processor, ["video", "audio"], seed=6), TOKENS, CODES)
+    assert want.codes != apart.codes
+    check(pipeline.speak([prompt], TOKENS, CODES)[0], want)
+
+
 def test_the_voice_changes_codes_and_sound(
     pipeline: Pipeline, prompts: dict[str, Prompt], reference: Reference
 ) -> None:
