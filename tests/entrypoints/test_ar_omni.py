@@ -36,7 +36,15 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 @pytest.fixture(scope="module")
-def omni(lm: tuple[Path, Any]) -> Iterator[Omni]:
+def profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("profiles")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_TORCH_PROFILER_DIR", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def omni(lm: tuple[Path, Any], profiles: Path) -> Iterator[Omni]:
     """Engine processes are spawned here, as they are for users."""
     with Omni(str(lm[0]), stage_configs_path=str(write(lm[0], {})), stage_init_timeout=120) as omni:
         (pid,) = omni._async.orchestrator._clients[0].info.pids
@@ -82,6 +90,16 @@ def test_sampling_params(omni: Omni) -> None:
 def test_health_and_calls(omni: Omni) -> None:
     omni.check_health(timeout=30)
     assert omni.collective_rpc("omni_counts") == [{"requests": 0, "busy_segments": 0}]
+
+
+def test_profile(omni: Omni, profiles: Path) -> None:
+    omni.start_profile()
+    omni.generate("say", use_tqdm=False)
+    files = omni.stop_profile()
+    assert files[0]
+    for file in files[0]:
+        assert Path(file).stat().st_size > 0
+        assert Path(file).is_relative_to(profiles / "stage_0")
 
 
 def test_streams_text(lm: tuple[Path, Any], omni: Omni) -> None:

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
@@ -37,7 +39,7 @@ from vllm_omni.engine.input_processor import (
 )
 from vllm_omni.engine.output_processor import MultimodalOutputProcessor, TakenPayload, take_payloads
 from vllm_omni.engine.stage_seam import StageClient, StageListener, StageOutput
-from vllm_omni.errors import DeadlineError, OmniError, StageDeadError, StageError
+from vllm_omni.errors import DeadlineError, OmniError, RequestError, StageDeadError, StageError
 
 
 @dataclass(eq=False)
@@ -81,6 +83,7 @@ class ARStageClient(StageClient):
         self._dead: StageDeadError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._outbox: asyncio.Queue[EngineCoreRequest | list[str]] = asyncio.Queue()
+        self._traces: set[str] = set()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"stage-{self.stage_id}-inputs")
 
     async def attach(self, listener: StageListener) -> None:
@@ -336,14 +339,29 @@ class ARStageClient(StageClient):
             await self._client.call_utility_async("get_supported_tasks")
             return None
         if method == "start_profile":
+            self._check_profile_folder(*args)
+            self._traces = self._trace_files()
             return await self._client.profile_async(True)
         if method == "stop_profile":
             await self._client.profile_async(False)
-            return []
+            return sorted(self._trace_files() - self._traces)
         if method == "call":
             name, positional, named = args
             return await self._client.collective_rpc_async(name, None, tuple(positional), dict(named))
         raise StageError(f"stage {self.stage_id}: a stage on vLLM has no {method}", stage_id=self.stage_id)
+
+    def _check_profile_folder(self, folder: str) -> None:
+        own = self._handle.config.profiler_config.torch_profiler_dir
+        if os.path.abspath(folder) != own:
+            raise RequestError(
+                f"stage {self.stage_id} writes its traces to {own}, as VLLM_TORCH_PROFILER_DIR or its profiler_config "
+                f"said when it was started, not to {folder}",
+                field="VLLM_TORCH_PROFILER_DIR",
+            )
+
+    def _trace_files(self) -> set[str]:
+        folder = Path(self._handle.config.profiler_config.torch_profiler_dir)
+        return {str(path) for path in folder.rglob("*") if path.is_file()}
 
     def detach(self) -> None:
         self._listener = None

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from vllm.config import VllmConfig
+from vllm.config import ProfilerConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMError
 from vllm.model_executor.models.interfaces import supports_eagle3
 
+from vllm_omni import envs
 from vllm_omni.config.model import OmniModelConfig
 from vllm_omni.config.schema import nearest
 from vllm_omni.engine.vllm_env import prepare_environment
@@ -87,6 +88,9 @@ class OmniEngineArgs(EngineArgs):
         """
         prepare_environment()
         super().__post_init__()
+        if self.profiler_config.profiler is None:  # type: ignore[has-type]
+            folder = os.path.join(os.path.abspath(envs.VLLM_TORCH_PROFILER_DIR()), f"stage_{self.stage_id}")
+            self.profiler_config = ProfilerConfig(profiler="torch", torch_profiler_dir=folder)
         if self.stage_type == "generation":
             defaults = {f.name: f.default for f in fields(self)}
             for name, value in _GENERATION_FIXED.items():
