@@ -277,6 +277,8 @@ class ARStageClient(StageClient):
             data.update(payload.data)
         finished = output.finished
         if rendered is not None:
+            for completion in rendered.outputs:  # vLLM's list goes on growing under who still holds it
+                completion.token_ids = list(completion.token_ids)
             data["request_output"] = rendered
             finished = finished or rendered.finished
         if finished:
