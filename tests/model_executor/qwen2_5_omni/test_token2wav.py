@@ -111,7 +111,8 @@ def test_a_stream_is_close_to_the_whole(stage: Stage) -> None:
         errors.append(float((got - whole).square().mean().sqrt() / whole.std()))
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 0.1, "without context it is another sound"
-    assert errors[-1] < 0.02
+    assert errors[1] < 0.02
+    assert errors[2] < 1e-3
 
 
 def test_a_window_with_everything_around_it_is_exact(stage: Stage) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+from typing import Any
+
 import torch
 from torch import nn
+from vllm.multimodal.audio import AudioResampler
 
 
 class OnePassModel(nn.Module):
@@ -23,3 +27,14 @@ class OnePassModel(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Never called."""
         raise RuntimeError("a generation stage has no logits")
+
+
+def with_resampler(parser: Any) -> Any:
+    """``parser``, vLLM's parser of media, with a resampler that is installed.
+
+    vLLM resamples sounds with torchaudio, which its wheel for CPUs does not bring; PyAV, which reads media files, does
+    it as well.
+    """
+    if importlib.util.find_spec("torchaudio") is None:
+        parser.audio_resampler = AudioResampler(target_sr=parser.audio_resampler.target_sr, method="pyav")
+    return parser

@@ -6,9 +6,25 @@ from typing import Any
 
 import torch
 from vllm.model_executor.models.interfaces import SupportsEagle3
-from vllm.model_executor.models.qwen2_5_omni_thinker import Qwen2_5OmniThinkerForConditionalGeneration
+from vllm.model_executor.models.qwen2_5_omni_thinker import (
+    Qwen2_5OmniThinkerDummyInputsBuilder,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen2_5OmniThinkerMultiModalProcessor,
+    Qwen2_5OmniThinkerProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vllm_omni.model_executor.models.utils import with_resampler
 
 
+class _ProcessingInfo(Qwen2_5OmniThinkerProcessingInfo):
+    def get_data_parser(self) -> Any:
+        return with_resampler(super().get_data_parser())
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen2_5OmniThinkerMultiModalProcessor, info=_ProcessingInfo, dummy_inputs=Qwen2_5OmniThinkerDummyInputsBuilder
+)
 class Qwen2_5OmniThinkerStage(Qwen2_5OmniThinkerForConditionalGeneration, SupportsEagle3):
     """Text, images, audio and video in, text out; sends its hidden states to the talker."""
 

@@ -1,0 +1,105 @@
+"""The edges as pure functions: no engine, no checkpoint."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2_5OmniConfig
+from vllm.sampling_params import SamplingParams
+
+from vllm_omni.errors import ConfigError, RequestError
+from vllm_omni.inputs.edge import EdgeInput
+from vllm_omni.model_executor.stage_input_processors.qwen2_5_omni import talker2token2wav, thinker2talker
+from vllm_omni.model_executor.tiny_models.qwen2_5_omni import tiny_config
+
+PROMPT = {"prompt": "hi", "additional_information": {"speaker": "Ethan"}}
+EXTRA = {
+    "initial_codec_chunk_frames": 4,
+    "codec_chunk_frames": 16,
+    "codec_left_context_frames": 20,
+    "codec_right_context_frames": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def config() -> Any:
+    return Qwen2_5OmniConfig(**{key: value for key, value in tiny_config().items() if key != "architectures"})
+
+
+def windows(config: Any, outputs: list[list[int]], **values: Any) -> list[dict[str, Any]]:
+    """What token2wav gets when the talker's ``outputs`` come one by one."""
+    carry: dict[str, Any] = {}
+    made = []
+    for i, codes in enumerate(outputs):
+        data = [{"token_ids": codes}]
+        edge_values = {"sampling_params": None, "extra": EXTRA, **values}
+        edge = EdgeInput("r", {1: data}, PROMPT, carry=carry, last=i == len(outputs) - 1, config=config, **edge_values)
+        prompt = talker2token2wav(edge)
+        if prompt is not None:
+            made.append(prompt["additional_information"])
+    return made
+
+
+def test_windows_cover_every_code_once(config: Any) -> None:
+    codes = list(range(100, 171))
+    made = windows(config, [[code] for code in codes] + [[8294]])
+    heard = [code for window in made for code in window["codes"][slice(*window["keep"])]]
+    assert heard == codes
+    fresh = [window["keep"][1] - window["keep"][0] for window in made]
+    assert fresh[:4] == [4, 8, 16, 16]
+    for window in made:
+        assert window["offset"] % 12 == 0, "a window starts at a block of the flow"
+        assert window["codes"] == codes[window["offset"] : window["offset"] + len(window["codes"])]
+        first = window["offset"] + window["keep"][0]
+        assert window["keep"][0] >= min(20, first)
+        assert window["speaker"] == "Ethan"
+    for window in made[:-1]:
+        assert len(window["codes"]) - window["keep"][1] == 6
+
+
+def test_without_streaming_there_is_one_window(config: Any) -> None:
+    (window,) = windows(config, [[5, 6, 7, 8292]])
+    assert (window["codes"], window["offset"], window["keep"]) == ([5, 6, 7], 0, [0, 3])
+
+
+def test_a_talker_that_says_nothing(config: Any) -> None:
+    assert windows(config, [[8294]]) == []
+
+
+def test_settings_of_the_flow_travel(config: Any) -> None:
+    params = SamplingParams(seed=3, extra_args={"num_steps": 5})
+    (window,) = windows(config, [[5]], sampling_params=params)
+    assert (window["seed"], window["num_steps"]) == (3, 5)
+    assert "seed" not in windows(config, [[5]])[0]
+    with pytest.raises(RequestError, match="did you mean 'num_steps'"):
+        windows(config, [[5]], sampling_params=SamplingParams(extra_args={"num_step": 5}))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"codec_chunk_frames": 0}, {"codec_right_context_frames": -1}, {"codec_chunk_frames": 2}]
+)
+def test_bad_chunk_sizes(config: Any, bad: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"codec_chunk_frames|codec_right_context_frames"):
+        windows(config, [[5]], extra={**EXTRA, **bad})
+
+
+def test_a_thinker_without_hidden_states(config: Any) -> None:
+    edge = EdgeInput("r", {0: [{"token_ids": [1, 2], "prompt_token_ids": [3]}]}, "hi", None, config=config)
+    with pytest.raises(RequestError, match=r"hidden_layers: \[0, -1\]"):
+        thinker2talker(edge)
+
+
+def test_rows_are_passed_on_as_they_are(config: Any) -> None:
+    """The driver does not look into tensors: they may be elsewhere."""
+    rows = [{"hidden.0": object(), "hidden.-1": object(), "positions": object(), "start": i} for i in range(4)]
+    outputs = [{"token_ids": [i], **row} for i, row in enumerate(rows)]
+    outputs[0]["prompt_token_ids"] = [7, 8, 9]
+    prompt = thinker2talker(EdgeInput("r", {0: outputs}, PROMPT, None, config=config))
+    assert prompt is not None
+    assert prompt["prompt_token_ids"] == [8296] * 3 + [8292, 8293]
+    assert prompt["conditioning_steps"] == 2
+    info = prompt["additional_information"]
+    assert info["prompt_hidden"] is rows[0]["hidden.-1"]
+    assert info["positions"] is rows[0]["positions"]
+    assert info["reply_embeds"] == [row["hidden.0"] for row in rows[1:]]
+    assert not any(isinstance(value, torch.Tensor) for value in info.values())
