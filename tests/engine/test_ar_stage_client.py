@@ -332,6 +332,10 @@ def test_bad_settings_start_nothing(world: World) -> None:
         ({"hf_config_name": "talker_config"}, "hf_config_name"),
         ({"worker_type": "generation"}, "worker_type"),
         ({"max_model_len": "many"}, "max_model_len"),
+        ({"async_chunk": True}, "stage configuration itself"),
+        ({"stage_connector_config": {}}, "output_connectors"),
+        ({"engine_output_type": "audio"}, "engine_output_type"),
+        ({"omni_kv_config": {}}, "omni_kv_config"),
     ):
         bad = ARStageSpec(3, "ar", {**good.engine_args, **change})
         with pytest.raises(ConfigError, match=words):

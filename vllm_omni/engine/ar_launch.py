@@ -40,8 +40,10 @@ class ARStageSpec:
     """As in the stage configuration, with ``devices`` from its ``runtime``."""
     threshold: int = 65536
     """Tensors of its outputs above this many bytes go to shared memory."""
-    final_output: bool = True
-    """Whether the caller gets its text."""
+    final_output_type: str | None = "text"
+    """Kind of output that the caller gets of it; None: nothing."""
+    async_chunk: bool = False
+    """Whether outputs go from stage to stage while their source still works."""
 
     def config(self) -> VllmConfig:
         """The checked configuration.
@@ -50,6 +52,19 @@ class ARStageSpec:
             ConfigError: an argument is unknown, wrong, or cannot be honoured.
         """
         values = dict(self.engine_args)
+        for name, instead in _SET_ELSEWHERE.items():
+            if name in values:
+                raise ConfigError(
+                    f"stage {self.stage_id}: engine_args.{name} is not set here; {instead}", field=f"engine_args.{name}"
+                )
+        kind = self.final_output_type or "latent"
+        if values.setdefault("engine_output_type", kind) not in (kind, "latent"):
+            raise ConfigError(
+                f"stage {self.stage_id}: engine_output_type={values['engine_output_type']!r} but the stage's output is "
+                f"{kind!r}",
+                field="engine_args.engine_output_type",
+            )
+        values["async_chunk"] = self.async_chunk
         devices = values.pop("devices", None)
         if devices is not None and current_platform.is_cuda_alike():
             values["device_ids"] = _device_ids(self.stage_id, devices, values)
@@ -58,6 +73,12 @@ class ARStageSpec:
             "extra": {"shm_threshold_bytes": self.threshold},
         }
         return OmniEngineArgs.from_stage(self.stage_id, self.stage_type, values).create_engine_config()
+
+
+_SET_ELSEWHERE = {
+    "async_chunk": "it is a key of the stage configuration itself",
+    "stage_connector_config": "name a connector in output_connectors",
+}
 
 
 def _device_ids(stage_id: int, devices: str, values: Mapping[str, Any]) -> list[int]:

@@ -154,7 +154,7 @@ class ARStageClient(StageClient):
         self, inputs: OmniInputProcessor, request_id: str, prompt: Any, params: Any, last: bool, read: bool
     ) -> None:
         parts = StagePrompt.of(prompt)
-        if not self._handle.spec.final_output:
+        if self._handle.spec.final_output_type is None:
             params = params.clone()
             params.output_kind, params.detokenize = RequestOutputKind.FINAL_ONLY, bool(params.stop)
         if not read:

@@ -100,6 +100,8 @@ class OmniEngineArgs(EngineArgs):
                 setattr(self, name, value)
             if self.hidden_layers:
                 self._refuse("hidden_layers", "a generation stage has no hidden states to send")
+        if self.omni_kv_config is not None:
+            self._refuse("omni_kv_config", "a KV cache cannot be handed to another stage yet")
         if self.worker_cls != "auto":  # type: ignore[has-type]
             self._refuse("worker_cls", "omni stages bring their own worker; use worker_extension_cls to add methods")
         if self.scheduler_cls is not None:

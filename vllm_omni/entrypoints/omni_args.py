@@ -134,7 +134,7 @@ def runs_on_vllm(stage: StageConfig) -> bool:
     return stage.stage_type != "diffusion" and "engine_cls" not in stage.engine_args
 
 
-def ar_specs(stages: Sequence[StageConfig], thresholds: Sequence[int]) -> list[ARStageSpec]:
+def ar_specs(pipeline: PipelineConfig, stages: Sequence[StageConfig], thresholds: Sequence[int]) -> list[ARStageSpec]:
     """What vLLM's engines of ``stages`` are started with."""
     from vllm_omni.engine.ar_launch import ARStageSpec
 
@@ -144,7 +144,8 @@ def ar_specs(stages: Sequence[StageConfig], thresholds: Sequence[int]) -> list[A
             "generation" if stage.stage_type == "generation" else "ar",
             stage_engine_args(stage),
             threshold,
-            stage.final_output,
+            stage.final_output_type if stage.final_output else None,
+            bool(pipeline.async_chunk),
         )
         for stage, threshold in zip(stages, thresholds, strict=True)
     ]
