@@ -24,6 +24,8 @@ class EnvVar(Generic[T]):
     parse: Callable[[str], T]
     default: T
     help: str
+    secret: bool = False
+    """Whether its value must not be shown."""
 
     def __call__(self) -> T:
         """Raises:
@@ -51,6 +53,9 @@ def _level(text: str) -> str:
 
 
 VLLM_LOGGING_LEVEL = _register(EnvVar("VLLM_LOGGING_LEVEL", _level, "INFO", "Log level of vLLM and of this package."))
+VLLM_API_KEY = _register(
+    EnvVar("VLLM_API_KEY", str, None, "Key that requests to the HTTP server must bring (never printed).", secret=True)
+)
 VLLM_TORCH_PROFILER_DIR = _register(
     EnvVar("VLLM_TORCH_PROFILER_DIR", str, "./profiles", "Folder for the traces that start_profile/stop_profile write.")
 )

@@ -5,6 +5,9 @@
     OmniError
      +-- ConfigError          a setting is wrong or cannot be honoured (raised before anything starts)
      +-- RequestError         one request's input is wrong: names the field, the value and what is allowed
+     |    +-- NotFoundError   it names something that is not there
+     |    +-- TooLargeError   it is larger than allowed
+     +-- OverloadError        as many requests are open as may be
      +-- StageError           a stage failed on a request; ``stage_id`` says which
      |    +-- StageDeadError  the stage's process (or a rank of it) is gone
      |    +-- OutOfMemoryError  the request did not fit; the stage goes on
@@ -48,6 +51,18 @@ class RequestError(OmniError, ValueError):
     """Bad input of one request. ``details`` holds ``field``, ``value`` and ``allowed``."""
 
 
+class NotFoundError(RequestError):
+    """A request names a model, a voice or a file that is not there."""
+
+
+class TooLargeError(RequestError):
+    """A part of a request has more bytes, pixels or seconds than allowed."""
+
+
+class OverloadError(OmniError):
+    """As many requests are open as may be. ``details['retry_after']``: seconds after which to ask again."""
+
+
 class StageError(OmniError, RuntimeError):
     """A stage failed while it worked on a request. ``details['stage_id']`` names it; ``cause`` holds the traceback."""
 
@@ -74,6 +89,9 @@ class RequestAborted(OmniError):
 
 HTTP_STATUS: dict[type[OmniError], int] = {
     RequestError: 400,
+    NotFoundError: 404,
+    TooLargeError: 413,
+    OverloadError: 429,
     ConfigError: 400,
     RequestAborted: 499,
     StageError: 500,

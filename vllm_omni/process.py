@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+import psutil
+
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -81,3 +83,29 @@ def watch_lifeline(lifeline: Connection, on_message: Callable[[bytes], None] | N
     thread = threading.Thread(target=watch, name="lifeline", daemon=True)
     thread.start()
     return thread
+
+
+class WatchedProcess:
+    """A process of which somebody wants to know whether it lives, whoever its parent is.
+
+    Args:
+        pid: its id; a later process with the same id is told apart from it.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        try:
+            self._process: psutil.Process | None = psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            self._process = None
+
+    def is_alive(self) -> bool:
+        """Whether it runs; one that has ended and waits for its parent does not."""
+        try:
+            return (
+                self._process is not None
+                and self._process.is_running()
+                and self._process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+            )
+        except psutil.NoSuchProcess:
+            return False

@@ -24,6 +24,7 @@ from vllm_omni.errors import RequestError, StageDeadError
 from vllm_omni.inputs.data import OmniPromptType, OmniSamplingParams
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.process import WatchedProcess
 from vllm_omni.request import Deadline, OmniRequest, check_prompt
 
 logger = init_logger(__name__)
@@ -59,6 +60,7 @@ class AsyncOmni:
         stages = start_stages(self._setup, codec)
         self._finalizer = weakref.finalize(self, _end_all, stages, self._arena)
         self._clients = stages.clients(codec)
+        self._ranks = {i: [WatchedProcess(pid) for pid in client.info.pids] for i, client in self._clients.items()}
         self._orchestrator = Orchestrator(self._graph, self._clients)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._attaching: asyncio.Task[None] | None = None
@@ -183,6 +185,19 @@ class AsyncOmni:
     def dead_error(self) -> StageDeadError | None:
         """The death of the first stage that died."""
         return self._orchestrator.dead_error
+
+    def check_alive(self) -> None:
+        """Look for every stage's processes in the process table: answers at once, also while stages work.
+
+        Raises:
+            StageDeadError: a stage or a rank is gone.
+        """
+        if self.dead_error is not None:
+            raise self.dead_error
+        for stage_id, ranks in self._ranks.items():
+            for rank in ranks:
+                if not rank.is_alive():
+                    raise StageDeadError(f"a rank of stage {stage_id} (pid {rank.pid}) is gone", stage_id=stage_id)
 
     async def check_health(self, timeout: float = 10.0) -> None:
         """Ask every stage, and through it every rank.

@@ -42,13 +42,18 @@ def _sorted(rows: Iterable[Row]) -> list[Row]:
 
 
 def _show_environment(as_json: bool) -> None:
-    rows = [(name, variable(), variable.default, variable.help) for name, variable in envs.REGISTRY.items()]
+    rows = [(name, _shown(variable), variable.default, variable.help) for name, variable in envs.REGISTRY.items()]
     if as_json:
         names = ("name", "value", "default", "help")
         typer.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], default=_plain, indent=2))
     else:
         head = ("variable", "value", "default", "meaning")
         _print_table([head, *((n, _text(v), _text(d), h) for n, v, d, h in rows)])
+
+
+def _shown(variable: envs.EnvVar[object]) -> object:
+    value = variable()
+    return "(set)" if variable.secret and value is not None else value
 
 
 def _plain(value: Any) -> Any:

@@ -106,13 +106,15 @@ def _cli_type(hint: Any, name: str) -> tuple[Any, Callable[[str], Any] | None, s
         return hint, None, None
     if typing.get_origin(hint) in (list, Sequence) and typing.get_args(hint) == (float,):
         return list, _numbers, "X,Y,..."
+    if typing.get_origin(hint) in (list, Sequence) and typing.get_args(hint) == (str,):
+        return list, _names, "A,B,..."
     if typing.get_origin(hint) in (dict, Mapping):
         return dict, _json_object, "JSON"
     raise TypeError(f"no option can be made of field {name!r} of type {hint}; add it to the group's skip table")
 
 
 def _default_text(field: Field[Any]) -> str:
-    if field.default in (MISSING, None, ""):
+    if field.default in (MISSING, None, "", ()):
         return "."
     value = field.default
     return f" (default {('no', 'yes')[value] if isinstance(value, bool) else value})."
@@ -123,6 +125,10 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{text!r}: expected numbers separated by commas") from None
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.entrypoints.cli.flags import FlagGroup, option_name
 from vllm_omni.entrypoints.omni_args import OmniArgs
+from vllm_omni.entrypoints.openai.args import ServeArgs
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 OMNI = FlagGroup(
@@ -31,6 +32,7 @@ ENGINE = FlagGroup(
     },
 )
 PARALLEL = FlagGroup(DiffusionParallelConfig, "Parallelism of diffusion stages", {})
+SERVE = FlagGroup(ServeArgs, "HTTP server", {})
 
 OMNI_GROUPS = (OMNI, ENGINE, PARALLEL)
 """Everything that ``Omni`` and ``AsyncOmni`` are built with."""

@@ -1,0 +1,46 @@
+"""``vllm-omni serve``: the HTTP server."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from vllm_omni.config.schema import parse
+from vllm_omni.entrypoints.cli.flags import with_flags
+from vllm_omni.entrypoints.cli.groups import OMNI_GROUPS, SERVE, omni_arguments
+from vllm_omni.entrypoints.openai.args import ServeArgs
+from vllm_omni.errors import ConfigError
+
+
+def serve(
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Folder of the checkpoint, or a hub name; as --model.")
+    ] = None,
+    omni: Annotated[
+        bool, typer.Option("--omni", help="Accepted because other servers need it; this one is always omni.")
+    ] = False,
+    **flags: Any,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's clients expect it.
+
+    The server answers when every stage is ready. SIGTERM and Ctrl-C let open requests finish, for --drain-timeout
+    seconds at most; a second one does not wait.
+    """
+    args = parse(ServeArgs, SERVE.given(flags), "serve")
+    arguments = omni_arguments(flags)
+    if checkpoint is not None:
+        if "model" in arguments:
+            raise ConfigError("the model is given twice, as argument and as --model", field="model")
+        arguments["model"] = checkpoint
+    from vllm_omni.entrypoints.openai.server import run_server
+
+    run_server(args, arguments)
+
+
+COMMAND = with_flags(serve, SERVE, *OMNI_GROUPS)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("serve")(COMMAND)

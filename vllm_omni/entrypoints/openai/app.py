@@ -1,0 +1,64 @@
+"""The application: all endpoints over one served model."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.staticfiles import StaticFiles
+
+from vllm_omni.entrypoints.openai import errors, health, images
+from vllm_omni.entrypoints.openai.gate import Gate
+from vllm_omni.entrypoints.openai.service import Service
+from vllm_omni.version import __version__
+
+PAGE = Path(__file__).parent / "playground"
+"""Static files that are served at ``/``, where they are there."""
+MAX_BODIES = 8
+"""Bodies of the largest size that are held at once."""
+
+
+def build_app(service: Service) -> FastAPI:
+    """The application around ``service``, which it attaches to the loop that runs it."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.omni.attach()
+        yield
+        service.close()
+
+    args = service.args
+    middleware = [
+        Middleware(
+            Gate,
+            key=args.key,
+            max_body=args.max_body_bytes,
+            max_bodies=MAX_BODIES * args.max_body_bytes,
+            body_timeout=args.body_timeout,
+        )
+    ]
+    if args.allowed_origins:
+        cors = Middleware(
+            CORSMiddleware, allow_origins=list(args.allowed_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+        middleware.insert(0, cors)
+    app = FastAPI(
+        title="vllm-omni",
+        version=__version__,
+        lifespan=lifespan,
+        middleware=middleware,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    errors.install(app)
+    for router in (health.router, images.router):
+        app.include_router(router)
+    if (PAGE / "index.html").exists():
+        app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    return app

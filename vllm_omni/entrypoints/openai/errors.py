@@ -1,0 +1,112 @@
+"""Errors as OpenAI's clients read them: ``{"error": {message, type, param, code}}``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from vllm_omni.errors import OmniError, OverloadError, RequestAborted, http_status
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+
+MAX_MESSAGE = 2000
+_PARAMS = {"height": "size", "width": "size", "num_outputs_per_prompt": "n", "output_modalities": "modalities"}
+"""Names inside -> names in the requests, where they differ."""
+
+
+def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> bytes:
+    """The JSON of an error."""
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status)
+    if kind is None:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+    text = message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 3] + "..."
+    return json.dumps({"error": {"message": text, "type": kind, "param": param, "code": code}}).encode()
+
+
+def error_response(
+    message: str, status: int, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
+) -> Response:
+    """The answer that reports an error."""
+    body = error_body(message, status, param, code)
+    return Response(body, status, {"content-type": "application/json", **(headers or {})})
+
+
+def describe(error: OmniError) -> tuple[str, int, str | None, str | None]:
+    """(message, status, param, code) of a typed error."""
+    field = error.details.get("field")
+    param = _PARAMS.get(field, field) if isinstance(field, str) else None
+    message = error.message if param == field or param is None else f"{param}: {error.message}"
+    return message, http_status(error), param, error.details.get("code")
+
+
+def omni_response(error: OmniError) -> Response:
+    """The answer that reports a typed error; one that is not the client's fault is logged with its cause."""
+    message, status, param, code = describe(error)
+    if status >= 500:
+        logger.log(logging.ERROR, "%d %s\n%s", status, message, error.details.get("cause", ""))
+    headers = {}
+    if isinstance(error, OverloadError):
+        headers["retry-after"] = str(max(1, math.ceil(error.details.get("retry_after", 1))))
+    return error_response(message, status, param, code, headers)
+
+
+def _validation_message(error: dict[str, Any]) -> tuple[str, str | None]:
+    path = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
+    if error["type"] == "json_invalid":
+        return f"the body is not JSON: {error.get('ctx', {}).get('error', error['msg'])}", None
+    if not path:
+        return "the body must be a JSON object (content-type: application/json)", None
+    param = ".".join(path)
+    if error["type"] == "missing":
+        return f"{param} is missing", param
+    if error["type"] == "extra_forbidden":
+        return f"{param}: unknown parameter, or one that this server does not support", param
+    given = "" if isinstance(error.get("input"), (dict, list)) else f"={_short(error.get('input'))}"
+    return f"{param}{given}: {error['msg']}", param
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+async def _on_validation(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    message, param = _validation_message(error.errors()[0])
+    return error_response(message, 400, param)
+
+
+async def _on_omni(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OmniError)
+    if isinstance(error, RequestAborted):
+        return Response(status_code=http_status(error))  # nobody is there to read it
+    return omni_response(error)
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return error_response(f"{request.method} {request.url.path}: no such endpoint", 404)
+    text = error.detail or HTTPStatus(error.status_code).phrase
+    return error_response(text, error.status_code, headers=dict(error.headers or {}))
+
+
+async def _on_other(request: Request, error: Exception) -> Response:
+    """A bug: the log gets its traceback (from the server), the client does not."""
+    return error_response("internal error; the server's log says more", 500)
+
+
+def install(app: FastAPI) -> None:
+    """Give ``app`` these answers."""
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(OmniError, _on_omni)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_other)

@@ -1,0 +1,102 @@
+"""Run the server: bind, load, serve, drain, end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from vllm_omni.entrypoints.async_omni import AsyncOmni
+from vllm_omni.entrypoints.openai.app import build_app
+from vllm_omni.entrypoints.openai.args import ServeArgs
+from vllm_omni.entrypoints.openai.service import Service
+from vllm_omni.errors import ConfigError
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which tells the service when it begins to drain."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self._service.draining:
+            logger.info("draining: %d requests are open", self._service.open_requests)
+        self._service.draining = True
+        super().handle_exit(sig, frame)
+
+
+def run_server(args: ServeArgs, omni_arguments: Mapping[str, Any]) -> None:
+    """Serve until SIGTERM or Ctrl-C. All stages have ended when it returns.
+
+    Raises:
+        ConfigError: a setting is wrong, or the address is taken.
+        OmniError: the model could not be started.
+    """
+    with _sigterm_raises(), _bound(args) as sock:
+        omni = AsyncOmni(**omni_arguments)
+        try:
+            _serve(args, omni, sock)
+        except SystemExit:
+            logger.info("stopped")  # uvicorn raises the signal again when it has drained
+        finally:
+            omni.shutdown()
+
+
+def _serve(args: ServeArgs, omni: AsyncOmni, sock: socket.socket) -> None:
+    model = next((str(s.engine_args["model"]) for s in omni.pipeline.stages if "model" in s.engine_args), "model")
+    service = Service(omni, args, args.served_model_name or (model,))
+    config = uvicorn.Config(
+        build_app(service),
+        log_config=None,
+        access_log=args.access_log,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=max(1, round(args.drain_timeout)),
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile=args.ssl_keyfile,
+        ws="none",
+    )
+    host, port = sock.getsockname()[:2]
+    scheme = "http" if args.ssl_certfile is None else "https"
+    shown = f"[{host}]" if ":" in host else host
+    logger.info("serving %s on %s://%s:%d", service.name, scheme, shown, port)
+    _Server(config, service).run(sockets=[sock])
+
+
+@contextmanager
+def _bound(args: ServeArgs) -> Iterator[socket.socket]:
+    """The socket to listen on, taken before the model is loaded."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, proto)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {args.host}:{args.port}: {error}", field="port") from error
+    with sock:
+        yield sock
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends the program as Ctrl-C does, so that what was started is ended."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

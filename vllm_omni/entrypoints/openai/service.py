@@ -1,0 +1,166 @@
+"""The served model as endpoints see it: names, admission, and one way to run a request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from vllm_omni.entrypoints.async_omni import AsyncOmni
+from vllm_omni.entrypoints.openai.args import ServeArgs
+from vllm_omni.errors import NotFoundError, OmniError, OverloadError, RequestError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType, OmniSamplingParams
+from vllm_omni.outputs import OmniRequestOutput
+
+T = TypeVar("T")
+ENCODER_THREADS = 4
+MAX_RETRY_AFTER = 60.0
+
+
+class Service:
+    """One model behind the endpoints. Lives in the server's event loop.
+
+    Args:
+        omni: the running model.
+        args: settings of the server.
+        names: what requests may call the model; the first is shown.
+    """
+
+    def __init__(self, omni: AsyncOmni, args: ServeArgs, names: Sequence[str]) -> None:
+        self.omni = omni
+        self.args = args
+        self.names = tuple(names)
+        self.started = int(time.time())
+        self.draining = False
+        self.makes = frozenset(stage.final_output_type for stage in omni.pipeline.stages if stage.final_output)
+        """Kinds of output: ``text``, ``image``, ``audio``, ..."""
+        self.reads_text_as_chat = any(stage.stage_type == "ar" for stage in omni.pipeline.stages)
+        self._pool = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="encode")
+        self._open = 0
+        self._mean_seconds = 1.0
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # ---------------------------------------------------------------- state
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that are admitted and not answered yet."""
+        return self._open
+
+    @property
+    def name(self) -> str:
+        """The model's name in answers."""
+        return self.names[0]
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ``NotFoundError`` when a request names another model."""
+        if name is not None and name not in self.names:
+            raise NotFoundError(
+                f"model={name!r} is not served here; there is {', '.join(self.names)}",
+                field="model",
+                code="model_not_found",
+            )
+
+    def check_makes(self, kind: str, field: str | None = None) -> None:
+        """Raises ``RequestError`` when the model does not make this kind of output."""
+        if kind not in self.makes:
+            raise RequestError(
+                f"{self.name} makes {' and '.join(sorted(self.makes))}, not {kind}", field=field, code="not_supported"
+            )
+
+    # ---------------------------------------------------------------- requests
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A place among the open requests.
+
+        Raises:
+            OverloadError: all places are taken.
+        """
+        if self._open >= self.args.max_queue:
+            wait = min(MAX_RETRY_AFTER, self._mean_seconds * self._open / 2)
+            raise OverloadError(
+                f"{self._open} requests are open, as many as may be; try again later",
+                retry_after=wait,
+                code="queue_full",
+            )
+        self._open += 1
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._open -= 1
+            self._mean_seconds += 0.1 * (time.monotonic() - begun - self._mean_seconds)
+
+    def params(self, diffusion: Mapping[str, Any]) -> list[OmniSamplingParams]:
+        """Each stage's own parameters, with ``diffusion`` over those of diffusion stages.
+
+        Raises:
+            RequestError: names the field that is wrong.
+        """
+        out: list[OmniSamplingParams] = []
+        for params in self.omni.default_sampling_params_list:
+            if isinstance(params, OmniDiffusionSamplingParams):
+                params = replace(params, **diffusion)
+                params.validate()
+            out.append(params)
+        return out
+
+    async def stream(
+        self,
+        prompt: OmniPromptType,
+        params: Sequence[OmniSamplingParams],
+        modalities: Sequence[str],
+        on_progress: Callable[[int, int, int], None] | None = None,
+        request_id: str | None = None,
+    ) -> AsyncGenerator[OmniRequestOutput, None]:
+        """Run an admitted request; yields outputs as they come. Closing the generator aborts it.
+
+        Raises:
+            OmniError: what ``AsyncOmni.generate`` raises.
+        """
+        outputs = self.omni.generate(
+            prompt,
+            request_id or uuid.uuid4().hex,
+            params,
+            output_modalities=modalities,
+            timeout=self.args.request_timeout,
+            on_progress=on_progress,
+        )
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
+
+    async def collect(
+        self, prompt: OmniPromptType, params: Sequence[OmniSamplingParams], modalities: Sequence[str]
+    ) -> list[OmniRequestOutput]:
+        """Run a request to its end."""
+        with self.admitted():
+            async with aclosing(self.stream(prompt, params, modalities)) as outputs:
+                return [output async for output in outputs]
+
+    async def aside(self, work: Callable[..., T], *args: Any) -> T:
+        """Run what takes the processor's time, such as encoding, beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+    def check_health(self) -> None:
+        """Raises ``StageDeadError`` when a rank of a stage is gone."""
+        self.omni.check_alive()
+
+    def not_ready(self) -> str | None:
+        """Why no further request should be sent here; None when all is well."""
+        try:
+            self.check_health()
+        except OmniError as error:
+            return error.message
+        if self.draining:
+            return "the server is shutting down"
+        return "the queue is full" if self._open >= self.args.max_queue else None
