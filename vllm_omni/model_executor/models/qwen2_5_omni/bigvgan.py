@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm_omni.model_executor.layers.snake import SnakeBeta
+
 _TAPS = 12
 _MIN_DB = -115.0
 _REFERENCE_DB = 20.0
@@ -32,19 +34,6 @@ def kaiser_sinc_filter(cutoff: float, half_width: float, taps: int) -> torch.Ten
     time = torch.arange(taps, dtype=torch.float32) - taps // 2 + 0.5
     taps_1d = window * torch.sinc(2 * cutoff * time)
     return (taps_1d / taps_1d.sum()).view(1, 1, taps)
-
-
-class SnakeBeta(nn.Module):
-    """``x + sin(a x)^2 / b`` with ``a``, ``b`` per channel, stored as logarithms."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.zeros(channels))
-        self.beta = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x_BCT: torch.Tensor) -> torch.Tensor:
-        alpha, beta = self.alpha.exp()[:, None], self.beta.exp()[:, None]
-        return x_BCT + (x_BCT * alpha).sin().square() / (beta + 1e-9)
 
 
 class AntiAliasedSnake(nn.Module):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm_omni.model_executor.layers.dense import DenseLayer, DenseSpec, RMSNorm, rope_table, sliding_causal_mask
+from vllm_omni.model_executor.layers.snake import SnakeBeta
 
 _DILATIONS = (1, 3, 9)
 _KERNEL = 7
@@ -53,20 +54,6 @@ class Upsample(nn.Module):
     def forward(self, x_BCT: torch.Tensor) -> torch.Tensor:
         out = self.conv(x_BCT)
         return out[..., self.cut : out.shape[-1] - self.cut] if self.cut else out
-
-
-class SnakeBeta(nn.Module):
-    """x + sin(exp(alpha) x)^2 / exp(beta) per channel (Liu et al. 2020, arXiv 2006.08195)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.zeros(channels))
-        self.beta = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x_BCT: torch.Tensor) -> torch.Tensor:
-        gain = (self.beta.exp() + 1e-9).reciprocal()[:, None]
-        # In place: at 24 kHz every pass over the tensor counts.
-        return torch.addcmul(x_BCT, (x_BCT * self.alpha.exp()[:, None]).sin_().square_(), gain)
 
 
 class ConvNeXt(nn.Module):
