@@ -8,8 +8,26 @@ The released talker listens to layer 24 of 48, where both agree.
 
 from __future__ import annotations
 
-from vllm.model_executor.models.qwen3_omni_moe_thinker import Qwen3OmniMoeThinkerForConditionalGeneration
+from typing import Any
+
+from vllm.model_executor.models.qwen3_omni_moe_thinker import (
+    Qwen3OmniMoeThinkerDummyInputsBuilder,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+    Qwen3OmniMoeThinkerMultiModalProcessor,
+    Qwen3OmniMoeThinkerProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from vllm_omni.model_executor.models.utils import with_resampler
 
 
+class _ProcessingInfo(Qwen3OmniMoeThinkerProcessingInfo):
+    def get_data_parser(self) -> Any:
+        return with_resampler(super().get_data_parser())
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3OmniMoeThinkerMultiModalProcessor, info=_ProcessingInfo, dummy_inputs=Qwen3OmniMoeThinkerDummyInputsBuilder
+)
 class Qwen3OmniThinkerForConditionalGeneration(Qwen3OmniMoeThinkerForConditionalGeneration):
     """Stage ``thinker``."""
