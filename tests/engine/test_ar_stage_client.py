@@ -247,6 +247,26 @@ async def test_bad_input(run: Any, prompt: Any, params: SamplingParams, field: s
     assert orchestrator.open_requests == 0
 
 
+async def test_processor_that_breaks(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of another kind out of tokenisation or media processing fails that request, not the stage."""
+    orchestrator = await run(3)
+    inputs = orchestrator._clients[0]._inputs
+
+    def broken(prompt: Any) -> Any:
+        raise IndexError("pixel 7")
+
+    monkeypatch.setattr(inputs, "_render", broken)
+    sinks = [Sink(), Sink()]
+    orchestrator.open(request("bad", "say", ["text"]), sinks[0])
+    await asyncio.wait_for(sinks[0].ended.wait(), 30)
+    assert isinstance(sinks[0].error, RequestError)
+    assert "IndexError: pixel 7" in str(sinks[0].error)
+    monkeypatch.undo()
+    orchestrator.open(request("good", "say", ["text"]), sinks[1])
+    await asyncio.wait_for(sinks[1].ended.wait(), 30)
+    assert sinks[1].error is None
+
+
 async def test_aborts_under_load(world: World, run: Any) -> None:
     """Fifty requests, twenty of them given up at random points: the others are as if alone, and nothing is left."""
     orchestrator = await run(4)

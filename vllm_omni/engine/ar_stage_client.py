@@ -86,6 +86,10 @@ class ARStageClient(StageClient):
         self._traces: set[str] = set()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"stage-{self.stage_id}-inputs")
 
+    @property
+    def renderer(self) -> Any | None:
+        return None if self._inputs is None or self._inputs.tokenizer is None else self._inputs.renderer
+
     async def attach(self, listener: StageListener) -> None:
         self._listener = listener
         self._outbox = asyncio.Queue()
@@ -170,15 +174,21 @@ class ARStageClient(StageClient):
     async def _prepare(
         self, inputs: OmniInputProcessor, request_id: str, request: _Open, parts: StagePrompt, params: Any, last: bool
     ) -> None:
-        """Tokenise and process media beside the loop."""
+        """Tokenise and process media beside the loop. Whatever a media processor raises is this request's error."""
         work = functools.partial(inputs.prepare, request_id, parts, params, parts.lora_request)
+        prepared = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        await asyncio.wait({prepared})
+        if self._open.get(request_id) is not request:
+            return
+        error = prepared.exception()
+        if error is not None:
+            wrong = f"the prompt cannot be processed: {type(error).__name__}: {error}"
+            self._fail(request_id, error if isinstance(error, OmniError) else RequestError(wrong, field="prompt"))
+            return
         try:
-            made, text = await asyncio.get_running_loop().run_in_executor(self._pool, work)
-            if self._open.get(request_id) is request:
-                self._begin(inputs, request_id, request, parts, made, text, last)
-        except OmniError as error:
-            if self._open.get(request_id) is request:
-                self._fail(request_id, error)
+            self._begin(inputs, request_id, request, parts, *prepared.result(), last)
+        except OmniError as refused:
+            self._fail(request_id, refused)
 
     def _begin(
         self,
