@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,8 +19,11 @@ from tools.default_model.shapes import draw
 from tools.default_model.tokens import Encoder
 from tools.default_model.world import FORMATS, sample
 
-WORDS_PER_FORMAT = {FORMATS[0]: 40, FORMATS[1]: 44, FORMATS[2]: 44}
-"""Caption tokens with the template's end, per canvas; with the picture's tokens 104 in each case."""
+WORDS = 40
+"""Caption tokens with the template's end, padded."""
+
+PATCHES = 64
+"""Picture tokens, padded: of all canvases the most. With the words 104, which attention kernels like."""
 
 SHARD = 10000
 """Scenes per task of a data process."""
@@ -34,7 +38,7 @@ class Shard:
     backgrounds: np.ndarray
     """(N, BACKGROUND_FIELDS), float32."""
     ids: np.ndarray
-    """(N, PREFIX + words), int64."""
+    """(N, PREFIX + WORDS), int64."""
     counts: np.ndarray
     """Tokens that are real, (N,), int64."""
 
@@ -43,7 +47,7 @@ def make_shard(seed: int, number: int, canvas: tuple[int, int], tokenizer: Path)
     """Draw training scenes; the same seed gives the same shard."""
     rng = random.Random(seed)
     scenes = [sample(rng, "train", *canvas) for _ in range(number)]
-    ids, counts = Encoder(tokenizer)([scene.caption for scene in scenes], WORDS_PER_FORMAT[canvas])
+    ids, counts = Encoder(tokenizer)([scene.caption for scene in scenes], WORDS)
     return Shard(
         np.stack([primitives(scene.items) for scene in scenes]),
         np.stack([background(scene.ground) for scene in scenes]),
@@ -56,7 +60,9 @@ class ShardSource:
     """Makes shards ahead in other processes. Close it, or use it as a context."""
 
     def __init__(self, seed: int, tokenizer: Path, workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        # forked, so that the processes need not import the training code again; open this before CUDA starts
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+        context = multiprocessing.get_context("fork")
         self._executor = ProcessPoolExecutor(max_workers=workers, mp_context=context)
         self._tokenizer = tokenizer
         self._seed = seed

@@ -141,10 +141,11 @@ def main() -> None:
     parser.add_argument("--failures", type=Path, help="pictures that were judged wrong in the last setting")
     args = parser.parse_args()
     scenes = held_out_scenes(args.number)
-    draw = diffusers_draw(args.model, args.device, args.batch)
     results = []
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(args.workers, context, torch.set_num_threads, (1,)) as pool:
+        pool.submit(int).result()  # fork before CUDA starts
+        draw = diffusers_draw(args.model, args.device, args.batch)
         for steps, guidance in itertools.product(args.steps, args.guidance):
             figures, pictures = evaluate(draw, scenes, steps, guidance, pool)
             right, number = figures["right"]["all"]

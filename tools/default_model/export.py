@@ -38,6 +38,7 @@ def _weights(path: Path, tensors: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().to(torch.bfloat16).contiguous().clone() for name, t in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
 def released_text_config(vocabulary: int, specials: dict[str, int]) -> dict[str, Any]:

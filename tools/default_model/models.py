@@ -81,6 +81,12 @@ def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(**SCHEDULER)
 
 
+def is_unused(transformer: QwenImageTransformer2DModel, name: str) -> bool:
+    """Whether a parameter makes only the last block's text, which goes nowhere. It stays in the layout, at zero."""
+    last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}."
+    return name.startswith((f"{last}txt_mlp.", f"{last}attn.to_add_out."))
+
+
 def make_transformer(**sizes: Any) -> QwenImageTransformer2DModel:
     """A new transformer, started as diffusion transformers are: modulation and output at zero."""
     transformer = QwenImageTransformer2DModel(**{**TRANSFORMER, **sizes})
@@ -92,10 +98,9 @@ def make_transformer(**sizes: Any) -> QwenImageTransformer2DModel:
     for block in transformer.transformer_blocks:
         nn.init.zeros_(block.img_mod[1].weight)
         nn.init.zeros_(block.txt_mod[1].weight)
-    last = transformer.transformer_blocks[-1]
-    for unused in (last.txt_mlp, last.attn.to_add_out):  # the last block's text goes nowhere
-        for parameter in unused.parameters():
-            nn.init.zeros_(parameter).requires_grad_(False)
+    for name, parameter in transformer.named_parameters():
+        if is_unused(transformer, name):
+            nn.init.zeros_(parameter)
     nn.init.zeros_(transformer.norm_out.linear.weight)
     nn.init.zeros_(transformer.proj_out.weight)
     return transformer
@@ -165,11 +170,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + turned * sin).to(x.dtype)
 
 
-def rotary_tables(transformer: QwenImageTransformer2DModel, rows: int, columns: int, words: int) -> Any:
-    """(cos, sin) for text and image together, each (words + rows * columns, 1, head_dim)."""
+def rotary_tables(
+    transformer: QwenImageTransformer2DModel, rows: int, columns: int, words: int, patches: int
+) -> tuple[Tensor, ...]:
+    """(cos, sin) for words and for rows * columns patches padded to `patches`, each (words + patches, 1, head_dim)."""
     device = next(transformer.parameters()).device
     image, text = transformer.pos_embed([[(1, rows, columns)]], max_txt_seq_len=words, device=device)
-    table = torch.cat([text, image]).to(device)
+    padding = torch.ones(patches - rows * columns, image.shape[1], dtype=image.dtype, device=image.device)
+    table = torch.cat([text, image, padding]).to(device)
     return tuple(part.repeat_interleave(2, dim=-1)[:, None].float().contiguous() for part in (table.real, table.imag))
 
 

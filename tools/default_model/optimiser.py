@@ -36,8 +36,8 @@ class Muon:
         ]
 
     @torch.no_grad()
-    def step(self, scale: float) -> None:
-        """Update with the learning rate times scale."""
+    def step(self, scale: Tensor) -> None:
+        """Update with the learning rate times scale, a scalar on the parameters' device."""
         lr = self.lr * scale
         for group, velocity in self._stacks:
             gradient = torch.stack([p.grad for p in group])
@@ -57,9 +57,10 @@ class Clock:
         self._start = time.monotonic()
         self._steps = 0
 
-    def restart(self) -> None:
-        """Begin the time now (after compilation)."""
+    def restart(self, deadline: float = math.inf) -> None:
+        """Begin the time now (after compilation) and let it end at the deadline, as time.monotonic counts, at most."""
         self._start = time.monotonic()
+        self._seconds = max(min(self._seconds, deadline - self._start), 1.0)
 
     @property
     def share(self) -> float:
@@ -76,16 +77,14 @@ class Clock:
 class Average:
     """Exponential moving average of parameters."""
 
-    def __init__(self, parameters: list[nn.Parameter], decay: float = 0.999) -> None:
-        self._parameters, self._decay, self._steps = parameters, decay, 0
+    def __init__(self, parameters: list[nn.Parameter], decay: float = 0.998) -> None:
+        self._parameters, self._decay = parameters, decay
         self.values = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the parameters' present values in; the first steps count more."""
-        self._steps += 1
-        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self._parameters], 1 - decay)
+        """Take the parameters' present values in."""
+        torch._foreach_lerp_(self.values, [p.detach() for p in self._parameters], 1 - self._decay)
 
     @torch.no_grad()
     def install(self) -> None:
@@ -94,13 +93,12 @@ class Average:
             parameter.copy_(value)
 
 
-def split_matrices(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_matrices(named: Iterable[tuple[str, nn.Parameter]]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The parameters for Muon (weights of linear layers inside blocks, but for modulation) and the others."""
-    matrices, others = [], []
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            if not parameter.requires_grad:
-                continue
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in named:
+        if parameter.requires_grad:
             in_block = "layers." in name or "transformer_blocks." in name
             is_matrix = in_block and parameter.ndim == 2 and "_mod." not in name
             (matrices if is_matrix else others).append(parameter)

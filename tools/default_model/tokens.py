@@ -10,12 +10,11 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from transformers import Qwen2Tokenizer
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from tools.default_model.world import WORDS, sample
 
@@ -62,8 +61,12 @@ def _corpus(seed: int, number: int) -> list[str]:
     return lines
 
 
-def build(folder: Path, seed: int = 0) -> Qwen2Tokenizer:
-    """Train the tokenizer and save it (vocab.json, merges.txt, tokenizer.json, tokenizer_config.json) in the folder."""
+def build(folder: Path, seed: int = 0) -> Any:
+    """Train a Qwen2Tokenizer and save it (vocab.json, merges.txt, tokenizer.json, tokenizer_config.json)."""
+    # the data processes import this module too and shall not wait for transformers
+    from transformers import Qwen2Tokenizer
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
     trained = Tokenizer(BPE())
     trained.normalizer = normalizers.NFC()
     trained.pre_tokenizer = pre_tokenizers.Sequence(
@@ -94,7 +97,7 @@ class Encoder:
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.pad = int(self._tokenizer.token_to_id(SPECIALS[0]))
+        self.pad: int = self._tokenizer.get_vocab()[SPECIALS[0]]
 
     def __call__(self, captions: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (N, PREFIX + length), int64, and how many of each row are real, (N,), int64.

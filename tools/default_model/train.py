@@ -8,17 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Qwen2Tokenizer
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from tools.default_model.data import SHARD, ShardSource, pictures
 from tools.default_model.export import export
 from tools.default_model.models import encode_text, make_text_encoder, make_transformer, make_vae
 from tools.default_model.tokens import SPECIALS, TEMPLATE
-from tools.default_model.train_model import Recipe, Trainer, compile_blocks, make_pools, train_model
-from tools.default_model.train_vae import flatten, save_vae, train_vae
+from tools.default_model.train_model import (
+    Pool,
+    Recipe,
+    Trainer,
+    compile_blocks,
+    make_pools,
+    train_model,
+    trained_parameters,
+)
+from tools.default_model.train_vae import Loss, channels_last, flatten, save_vae, train_vae
 from tools.default_model.world import FORMATS
 
 LARGEST_FILE = 15 * 2**20
@@ -46,11 +54,17 @@ def save_state(folder: Path, modules: dict[str, nn.Module]) -> None:
 
 
 def load_state(folder: Path, modules: dict[str, nn.Module]) -> None:
-    """Load what `save_state` wrote.
+    """Load what `save_state` wrote, or the weights of an exported checkpoint.
 
     Raises:
-        FileNotFoundError: if there is no state in the folder.
+        FileNotFoundError: if there is neither in the folder.
     """
+    if (folder / "model_index.json").exists():
+        transformer = QwenImageTransformer2DModel.from_pretrained(str(folder / "transformer"))
+        text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(str(folder / "text_encoder"))
+        modules["transformer"].load_state_dict(transformer.float().state_dict())
+        modules["text_encoder"].load_state_dict(text_encoder.float().state_dict())
+        return
     paths = sorted(folder.glob("state-*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"no state-*.safetensors in {folder}")
@@ -68,15 +82,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the state and the checkpoint")
     parser.add_argument("--export", type=Path, help="folder of the exported checkpoint (default: OUT/model)")
     parser.add_argument("--tokenizer", type=Path, default=Path("vllm_omni/data/default_model/tokenizer"))
-    parser.add_argument("--vae", type=Path, help="a trained autoencoder; otherwise one is trained")
+    parser.add_argument("--vae", type=Path, help="an autoencoder to start from")
     parser.add_argument("--resume", type=Path, help="folder with a saved state to go on from")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--samples", type=int, default=600000)
     parser.add_argument("--vae-samples", type=int, default=60000)
-    parser.add_argument("--vae-seconds", type=float, default=75)
+    parser.add_argument("--vae-seconds", type=float, default=75, help="0: take --vae as it is")
+    parser.add_argument("--decoder-only", action="store_true", help="leave the encoder and its latents as they are")
     parser.add_argument("--vae-batch", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--seconds", type=float, default=240, help="0: export what --resume holds")
+    parser.add_argument("--graphs", action="store_true", help="record training steps as CUDA graphs")
+    parser.add_argument("--total-seconds", type=float, default=float("inf"), help="end the training by then")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
@@ -84,14 +101,26 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _order(args: argparse.Namespace, source: ShardSource) -> None:
+    if args.vae_seconds > 0:
+        source.order(FORMATS[0], args.vae_samples, min(SHARD, max(args.vae_samples // 6, 1)))
+    if args.seconds <= 0:
+        return
+    shard = min(SHARD, max(args.samples // 16, 1))
+    for canvas, share in zip(FORMATS, (0.7, 0.15, 0.15), strict=True):
+        source.order(canvas, int(args.samples * share), shard)
+
+
 def _autoencoder(args: argparse.Namespace, source: ShardSource) -> AutoencoderKLQwenImage:
-    if args.vae:
-        return AutoencoderKLQwenImage.from_pretrained(args.vae)
-    vae = train_vae(make_vae(), source, args.vae_seconds, args.vae_batch, args.device)
+    vae = AutoencoderKLQwenImage.from_pretrained(args.vae) if args.vae else make_vae()
+    if args.vae_seconds <= 0:
+        return vae
+    vae = train_vae(
+        vae, source, args.vae_seconds, args.vae_batch, args.device, objective=Loss(decoder_only=args.decoder_only)
+    )
     first = next(iter(source.shards(FORMATS[0])))
     images = pictures(first, slice(0, 256), FORMATS[0], args.device)
-    vae = save_vae(vae.to(args.device), images, args.out / "vae")
-    return vae.cpu()
+    return save_vae(vae.to(args.device), images, args.out / "vae", keep_scale=args.decoder_only).cpu()
 
 
 def _pools(args: argparse.Namespace, source: ShardSource, vae: AutoencoderKLQwenImage) -> Any:
@@ -100,7 +129,7 @@ def _pools(args: argparse.Namespace, source: ShardSource, vae: AutoencoderKLQwen
     flatten(flat)
     flat.to(args.device).eval()
     if args.device.startswith("cuda"):
-        flat.encoder.compile(dynamic=True)
+        channels_last(flat)
     return make_pools(flat, source, args.device)
 
 
@@ -118,6 +147,28 @@ def check_text_encoder(text_encoder: nn.Module, tokenizer: Qwen2Tokenizer) -> No
         raise RuntimeError(f"the text encoder's short forward differs by {difference}")
 
 
+def _train(
+    args: argparse.Namespace,
+    text_encoder: Qwen2_5_VLForConditionalGeneration,
+    transformer: QwenImageTransformer2DModel,
+    pools: list[Pool],
+    tokenizer: Qwen2Tokenizer,
+    begun: float,
+) -> None:
+    transformer.to(args.device)
+    text_encoder.to(args.device)
+    check_text_encoder(text_encoder, tokenizer)
+    if args.device.startswith("cuda"):
+        compile_blocks(text_encoder, transformer)
+    empty = [tokenizer(TEMPLATE.format(text)).input_ids for text in (" ", "")]
+    trainer = Trainer(text_encoder, transformer, pools, empty, args.device)
+    deadline = begun + args.total_seconds
+    recipe = Recipe(args.seconds, args.batch, args.muon_lr, args.adam_lr, graphs=args.graphs, deadline=deadline)
+    modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder}
+    named = trained_parameters(text_encoder, transformer)
+    train_model(trainer, named, recipe, lambda: save_state(args.out, modules), args.seed)
+
+
 def main() -> None:
     """Train the autoencoder, the text encoder and the transformer, and export them."""
     args = _arguments()
@@ -125,33 +176,19 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     torch._dynamo.config.recompile_limit = 64
-    torch.backends.cuda.matmul.allow_tf32 = True
-    tokenizer = Qwen2Tokenizer.from_pretrained(args.tokenizer)
-    specials = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in SPECIALS}
-    text_encoder = make_text_encoder(len(tokenizer), specials)
-    text_encoder.model.visual.requires_grad_(False)
-    transformer = make_transformer()
-    modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder}
-    if args.resume:
-        load_state(args.resume, modules)
     with ShardSource(1000003 * (args.seed + 1), args.tokenizer, args.workers) as source:
-        if not args.vae:
-            source.order(FORMATS[0], args.vae_samples, min(SHARD, max(args.vae_samples // 6, 1)))
-        shard = min(SHARD, max(args.samples // 16, 1))
-        for canvas, share in zip(FORMATS, (0.7, 0.15, 0.15), strict=True):
-            source.order(canvas, int(args.samples * share), shard)
+        _order(args, source)
+        tokenizer = Qwen2Tokenizer.from_pretrained(args.tokenizer)
+        specials = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in SPECIALS}
+        text_encoder, transformer = make_text_encoder(len(tokenizer), specials), make_transformer()
+        modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder}
+        if args.resume:
+            load_state(args.resume, modules)
         vae = _autoencoder(args, source)
-        pools = _pools(args, source, vae)
+        pools = _pools(args, source, vae) if args.seconds > 0 else []
     print(f"{time.monotonic() - begun:.0f} s: data is ready", flush=True)
-    transformer.to(args.device)
-    text_encoder.to(args.device)
-    if args.device.startswith("cuda"):
-        compile_blocks(text_encoder, transformer)
-    check_text_encoder(text_encoder, tokenizer)
-    empty = [tokenizer(TEMPLATE.format(text)).input_ids for text in (" ", "")]
-    trainer = Trainer(text_encoder, transformer, pools, empty, args.device)
-    recipe = Recipe(args.seconds, args.batch, args.muon_lr, args.adam_lr)
-    train_model(trainer, list(modules.values()), recipe, lambda: save_state(args.out, modules), args.seed)
+    if args.seconds > 0:
+        _train(args, text_encoder, transformer, pools, tokenizer, begun)
     folder = args.export or args.out / "model"
     size = export(folder, vae, transformer, text_encoder, args.tokenizer, specials)
     print(f"{time.monotonic() - begun:.0f} s: exported {size} bytes to {folder}", flush=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from tools.default_model.data import WORDS_PER_FORMAT, Shard, ShardSource, pictures
-from tools.default_model.models import SCHEDULER, JointAttention, encode_text, rotary_tables, velocity
+from tools.default_model.data import PATCHES, WORDS, Shard, ShardSource, pictures
+from tools.default_model.models import SCHEDULER, JointAttention, encode_text, is_unused, rotary_tables, velocity
 from tools.default_model.optimiser import Average, Clock, Muon, split_matrices
 from tools.default_model.tokens import PREFIX
 from tools.default_model.world import FORMATS
@@ -30,9 +31,9 @@ class Pool:
     """All samples of one canvas, on the device."""
 
     latents: Tensor
-    """Packed and normalised, (N, tokens, 64), bfloat16."""
+    """Packed, normalised and padded, (N, PATCHES, 64), bfloat16."""
     ids: Tensor
-    """(N, PREFIX + words), int16."""
+    """(N, PREFIX + WORDS), int16."""
     counts: Tensor
     """(N,), int16."""
 
@@ -73,7 +74,8 @@ def encode_shard(vae: AutoencoderKLQwenImage, shard: Shard, canvas: tuple[int, i
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
             moments = vae.quant_conv(vae.encoder(images.unsqueeze(2))).squeeze(2)
         latents = (moments.float().chunk(2, dim=1)[0] - mean) / std
-        parts.append(pack(latents).bfloat16())
+        packed = pack(latents).bfloat16()
+        parts.append(functional.pad(packed, (0, 0, 0, PATCHES - packed.shape[1])))
     ids = torch.from_numpy(shard.ids).to(device).short()
     return Pool(torch.cat(parts), ids, torch.from_numpy(shard.counts).to(device).short())
 
@@ -103,16 +105,12 @@ class Trainer:
     ) -> None:
         self._text_encoder, self._transformer, self._pools, self._device = text_encoder, transformer, pools, device
         transformer.set_attn_processor(JointAttention())
-        self._tables: list[Any] = []
-        self._empty: list[tuple[Tensor, Tensor]] = []
-        for canvas, pool in zip(FORMATS, pools, strict=True):
-            words = WORDS_PER_FORMAT[canvas]
-            self._tables.append(rotary_tables(transformer, canvas[1] // 16, canvas[0] // 16, words))
-            rows = torch.zeros(len(empty), PREFIX + words, dtype=torch.long, device=device)
-            for index, ids in enumerate(empty):
-                rows[index, : len(ids)] = torch.tensor(ids, device=device)
-            self._empty.append((rows, torch.tensor([len(ids) for ids in empty], device=device)))
-            del pool
+        self._tables = [rotary_tables(transformer, h // 16, w // 16, WORDS, PATCHES) for w, h in FORMATS]
+        self._patches = [(w // 16) * (h // 16) for w, h in FORMATS]
+        self._empty_ids = torch.zeros(len(empty), PREFIX + WORDS, dtype=torch.long, device=device)
+        for index, ids in enumerate(empty):
+            self._empty_ids[index, : len(ids)] = torch.tensor(ids, device=device)
+        self._empty_counts = torch.tensor([len(ids) for ids in empty], device=device)
 
     def loss(self, which: int, number: int) -> Tensor:
         """Mean squared error of the velocity on a fresh batch of canvas `which`."""
@@ -120,20 +118,28 @@ class Trainer:
         rows = torch.randint(len(pool.counts), (number,), device=device)
         clean, ids, counts = pool.latents[rows].float(), pool.ids[rows].long(), pool.counts[rows].long()
         drop = torch.rand(number, device=device) < CAPTION_DROPOUT
-        empty_ids, empty_counts = self._empty[which]
-        kind = torch.randint(len(empty_counts), (number,), device=device)
-        ids = torch.where(drop[:, None], empty_ids[kind], ids)
-        counts = torch.where(drop, empty_counts[kind], counts)
-        times = sample_times(number, clean.shape[1], device)
+        kind = torch.randint(len(self._empty_counts), (number,), device=device)
+        ids = torch.where(drop[:, None], self._empty_ids[kind], ids)
+        counts = torch.where(drop, self._empty_counts[kind], counts)
+        patches = self._patches[which]
+        times = sample_times(number, patches, device)
         noise = torch.randn_like(clean)
         noisy = clean + times[:, None, None] * (noise - clean)
-        words = WORDS_PER_FORMAT[FORMATS[which]]
-        real = torch.arange(words, device=device)[None] < (counts - PREFIX)[:, None]
-        mask = torch.cat([real, real.new_ones(number, clean.shape[1])], dim=1)[:, None, None]
+        words = torch.arange(WORDS, device=device)[None] < (counts - PREFIX)[:, None]
+        picture = (torch.arange(PATCHES, device=device) < patches).expand(number, -1)
+        mask = torch.cat([words, picture], dim=1)[:, None, None]
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
             text = encode_text(self._text_encoder, ids)[:, PREFIX:]
             out = velocity(self._transformer, noisy, text, mask, times, self._tables[which])
-        return (out.float() - (noise - clean)).square().mean()
+        return (out.float() - (noise - clean))[:, :patches].square().mean()
+
+
+def trained_parameters(
+    text_encoder: Qwen2_5_VLForConditionalGeneration, transformer: QwenImageTransformer2DModel
+) -> list[tuple[str, nn.Parameter]]:
+    """What is trained: all of the transformer that has an effect, and the text encoder without its eyes."""
+    words = [(n, p) for n, p in text_encoder.named_parameters() if "visual." not in n and "lm_head" not in n]
+    return [(n, p) for n, p in transformer.named_parameters() if not is_unused(transformer, n)] + words
 
 
 @dataclass(frozen=True)
@@ -150,8 +156,12 @@ class Recipe:
     """Learning rate of everything else."""
     warmup: int = 150
     """Steps until the full learning rate."""
-    average: float = 0.999
+    average: float = 0.998
     """Decay of the moving average of the weights."""
+    graphs: bool = False
+    """Whether to record the steps as CUDA graphs."""
+    deadline: float = math.inf
+    """When training ends at the latest, as time.monotonic counts."""
 
 
 def compile_blocks(text_encoder: Qwen2_5_VLForConditionalGeneration, transformer: QwenImageTransformer2DModel) -> None:
@@ -162,56 +172,103 @@ def compile_blocks(text_encoder: Qwen2_5_VLForConditionalGeneration, transformer
         block.compile(dynamic=False)
 
 
-def train_model(trainer: Trainer, modules: list[nn.Module], recipe: Recipe, save: Any, seed: int = 0) -> None:
-    """Train for a time and leave the averaged weights in the modules.
+class Stepper:
+    """One training step; on a GPU it can be recorded as a CUDA graph, since launching costs more than the work."""
+
+    def __init__(self, trainer: Trainer, named: list[tuple[str, nn.Parameter]], recipe: Recipe) -> None:
+        matrices, others = split_matrices(named)
+        self.parameters = matrices + others
+        device = others[0].device
+        self._trainer, self._recipe = trainer, recipe
+        self._muon = Muon(matrices, recipe.muon_lr)
+        self._scale = torch.zeros((), device=device)
+        self._lr = torch.zeros((), device=device)
+        self._adam = torch.optim.AdamW(
+            others, lr=self._lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=others[0].is_cuda
+        )
+        self.average = Average(self.parameters, recipe.average)
+        self.total = torch.zeros((), device=device)
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    def _body(self, which: int) -> None:
+        loss = self._trainer.loss(which, self._recipe.batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self._adam.step()
+        self._muon.step(self._scale)
+        self.average.update()
+        self.total += loss.detach()
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def record(self) -> None:
+        """Record the graphs; steps must have been run before on every canvas."""
+        torch.cuda.synchronize()
+        for which in range(len(FORMATS)):
+            self._forget_gradients()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._body(which)
+            self._graphs.append(graph)
+
+    def step(self, which: int, scale: float) -> None:
+        """Train on one batch of canvas `which` with the recipe's rates times scale."""
+        self._scale.fill_(scale)
+        self._lr.fill_(scale * self._recipe.adam_lr)
+        if self._graphs:
+            self._graphs[which].replay()
+            return
+        self._forget_gradients()
+        self._body(which)
+
+
+def train_model(
+    trainer: Trainer, named: list[tuple[str, nn.Parameter]], recipe: Recipe, save: Callable[[], None], seed: int = 0
+) -> None:
+    """Train for a time and leave the averaged weights in place.
 
     Args:
         trainer: makes losses.
-        modules: what is trained; parameters that need no gradient are left out.
+        named: the parameters with their names.
         recipe: sizes and rates.
-        save: called without arguments about every 90 seconds with the averaged weights in place.
+        save: called about every 90 seconds and at the end, with the averaged weights in place.
         seed: of batches, times and noise.
     """
     torch.manual_seed(seed)
-    matrices, others = split_matrices(modules)
-    cuda = others[0].is_cuda
-    muon = Muon(matrices, recipe.muon_lr)
-    adam = torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda)
-    everything = matrices + others
-    average = Average(everything, recipe.average)
+    stepper = Stepper(trainer, named, recipe)
     generator = torch.Generator().manual_seed(seed)
-    clock, step, total = Clock(recipe.seconds, recipe.warmup), 0, torch.zeros((), device=others[0].device)
+    clock, step = Clock(recipe.seconds, recipe.warmup), 0
     begun = saved = time.monotonic()
     while clock.share < 1 or step < 12:
         which = int(torch.multinomial(torch.tensor(SHARES), 1, generator=generator)) if step >= 6 else step % 3
-        loss = trainer.loss(which, recipe.batch)
-        for parameter in everything:
-            parameter.grad = None
-        loss.backward()
-        nn.utils.clip_grad_norm_(everything, 1.0, foreach=True)
         scale = clock.scale()
-        adam.param_groups[0]["lr"] = recipe.adam_lr * scale
-        adam.step()
-        muon.step(scale)
-        average.update()
-        total += loss.detach()
+        stepper.step(which, scale)
         step += 1
         if step == 6:
+            if recipe.graphs:
+                stepper.record()
             print(f"first steps took {time.monotonic() - begun:.0f} s", flush=True)
-            clock.restart()
-        if step % 250 == 0:
-            print(
-                f"{time.monotonic() - begun:.0f} s step {step} loss {total.item() / 250:.4f} rate {scale:.3f}",
-                flush=True,
-            )
-            total.zero_()
+            clock.restart(recipe.deadline)
+            stepper.total.zero_()
+        if step % 50 == 6:
+            stepper.total.item()  # waits for the GPU, so that the clock is right
+        if step % 250 == 6 and step > 6:
+            loss = stepper.total.item() / 250
+            print(f"{time.monotonic() - begun:.0f} s step {step} loss {loss:.4f} rate {scale:.3f}", flush=True)
+            stepper.total.zero_()
         if time.monotonic() - saved > 90:
-            backup = [p.detach().clone() for p in everything]
-            average.install()
-            save()
-            with torch.no_grad():
-                torch._foreach_copy_(everything, backup)
+            _save_average(stepper, save)
             saved = time.monotonic()
     print(f"{step} steps of {recipe.batch} in {time.monotonic() - begun:.0f} s", flush=True)
-    average.install()
+    stepper.average.install()
     save()
+
+
+def _save_average(stepper: Stepper, save: Callable[[], None]) -> None:
+    backup = [p.detach().clone() for p in stepper.parameters]
+    stepper.average.install()
+    save()
+    with torch.no_grad():
+        torch._foreach_copy_(stepper.parameters, backup)

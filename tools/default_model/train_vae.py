@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tools.default_model.data import Shard, ShardSource, pictures
+from tools.default_model.data import ShardSource
 from tools.default_model.optimiser import Average, Clock
+from tools.default_model.shapes import draw
 from tools.default_model.world import FORMATS
 
 
@@ -60,6 +61,13 @@ def unflatten(vae: AutoencoderKLQwenImage, fresh: AutoencoderKLQwenImage) -> Aut
     return fresh
 
 
+def channels_last(vae: AutoencoderKLQwenImage) -> None:
+    """Lay the kernels of a flattened autoencoder out as tensor cores like them."""
+    for parameter in vae.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
 def encode(vae: AutoencoderKLQwenImage, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and logarithm of the variance of the latents of pictures (B, 3, H, W), each (B, z, H/8, W/8)."""
     moments = vae.quant_conv(vae.encoder(images.unsqueeze(2)))
@@ -77,58 +85,85 @@ def _edges(images: Tensor) -> tuple[Tensor, Tensor]:
     return images[..., 1:] - images[..., :-1], images[..., 1:, :] - images[..., :-1, :]
 
 
-def loss_of(vae: AutoencoderKLQwenImage, images: Tensor, kl_weight: float, noise: float) -> tuple[Tensor, Tensor]:
-    """The training loss and the plain absolute error of a batch.
+@dataclass(frozen=True)
+class Loss:
+    """What the autoencoder is trained for."""
 
-    Beside the posterior's own noise some more is added to the latents, so that the decoder forgives the small errors
-    of the transformer.
-    """
-    mean, logvar = encode(vae, images)
-    mean, logvar = mean.float(), logvar.float()
-    level = torch.rand(len(images), 1, 1, 1, device=images.device) * noise
-    std = torch.maximum(torch.exp(0.5 * logvar), level)
-    out = decode(vae, mean + std * torch.randn_like(mean)).float()
-    error = (out - images).abs().mean()
-    edges = sum((a - b).abs().mean() for a, b in zip(_edges(out), _edges(images), strict=True))
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    square = (out - images).square().mean()
-    return error + 0.5 * edges + square + kl_weight * kl, error
+    kl_weight: float = 3e-5
+    """Weight of the posterior's divergence from a unit Gaussian, per latent."""
+    noise: float = 0.1
+    """Most noise that is added to the latents, so that the decoder forgives the transformer's small errors."""
+    decoder_only: bool = False
+    """Leave the encoder as it is, so that a transformer trained on its latents stays right."""
+
+    def __call__(self, vae: AutoencoderKLQwenImage, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The training loss and the plain absolute error of pictures (B, 3, H, W), -1..1."""
+        with torch.set_grad_enabled(not self.decoder_only):
+            mean, logvar = (part.float() for part in encode(vae, images))
+        std = torch.rand(len(images), 1, 1, 1, device=images.device) * self.noise
+        if not self.decoder_only:
+            std = torch.maximum(torch.exp(0.5 * logvar), std)
+        out = decode(vae, mean + std * torch.randn_like(mean)).float()
+        error = (out - images).abs().mean()
+        edges = sum((a - b).abs().mean() for a, b in zip(_edges(out), _edges(images), strict=True))
+        loss = error + 0.5 * edges + (out - images).square().mean()
+        if not self.decoder_only:
+            loss = loss + self.kl_weight * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return loss, error
 
 
-def _batches(source: ShardSource, size: int, device: str, rng: np.random.Generator) -> Any:
-    """Endless random batches of pictures from the shards that are ready first."""
-    shards: list[Shard] = []
-    while True:
-        for shard in source.shards(FORMATS[0]):
-            shards.append(shard)
-            for _ in range(max(len(shard.counts) // size, 1)):
-                chosen = shards[rng.integers(len(shards))]
-                yield pictures(chosen, rng.integers(len(chosen.counts), size=size), FORMATS[0], device)
+DEFAULT_LOSS = Loss()
+
+
+def _scenes(source: ShardSource, device: str) -> tuple[Tensor, Tensor]:
+    """All square scenes on the device: primitives and backgrounds."""
+    shards = list(source.shards(FORMATS[0]))
+    primitives = torch.from_numpy(np.concatenate([shard.primitives for shard in shards])).to(device)
+    return primitives, torch.from_numpy(np.concatenate([shard.backgrounds for shard in shards])).to(device)
 
 
 def train_vae(
-    vae: AutoencoderKLQwenImage, source: ShardSource, seconds: float, batch: int, device: str, lr: float = 2e-3
+    vae: AutoencoderKLQwenImage,
+    source: ShardSource,
+    seconds: float,
+    batch: int,
+    device: str,
+    lr: float = 2e-3,
+    objective: Loss = DEFAULT_LOSS,
 ) -> AutoencoderKLQwenImage:
-    """Train for a time; returns a new autoencoder in the released layout (without latents' mean and std)."""
-    fresh = AutoencoderKLQwenImage(**{k: v for k, v in vae.config.items() if not k.startswith("_")})
+    """Train for a time; returns a new autoencoder in the released layout.
+
+    Args:
+        vae: a new one, or one to go on with.
+        source: where the scenes come from.
+        seconds: time of training, compilation excluded.
+        batch: pictures per step.
+        device: to train on.
+        lr: largest learning rate.
+        objective: the loss.
+    """
+    fresh = AutoencoderKLQwenImage.from_config(vae.config)
     flatten(vae)
     cuda = device.startswith("cuda")
     vae.to(device)
     if cuda:
-        for parameter in vae.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        channels_last(vae)
         vae.encoder.compile(dynamic=False)
         vae.decoder.compile(dynamic=False)
-    parameters = [p for n, p in vae.named_parameters() if "time_conv" not in n]
+    fixed = ("encoder.", "quant_conv.") if objective.decoder_only else ()
+    parameters = [p for n, p in vae.named_parameters() if "time_conv" not in n and not n.startswith(fixed)]
     adam = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda)
     average = Average(parameters, 0.998)
-    clock, begun = Clock(seconds, warmup=60), time.monotonic()
-    for step, images in enumerate(_batches(source, batch, device, np.random.default_rng(0)), start=1):
+    primitives, backgrounds = _scenes(source, device)
+    clock, begun, step = Clock(seconds, warmup=60), time.monotonic(), 0
+    while clock.share < 1 or step < 4:
+        step += 1
         if step == 4:
             clock.restart()
+        rows = torch.randint(len(primitives), (batch,), device=device)
+        images = draw(primitives[rows], backgrounds[rows], *FORMATS[0], compiled=cuda) * 2 - 1
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=cuda):
-            loss, error = loss_of(vae, images, kl_weight=1e-4, noise=0.15)
+            loss, error = objective(vae, images)
         adam.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -137,8 +172,6 @@ def train_vae(
         average.update()
         if step % 200 == 0 or step in (1, 3):
             print(f"vae {time.monotonic() - begun:.0f} s step {step} loss {loss:.4f} error {error:.4f}", flush=True)
-        if clock.share >= 1 and step > 3:
-            break
     average.install()
     return unflatten(vae.cpu(), fresh)
 
@@ -153,10 +186,13 @@ def measure(vae: AutoencoderKLQwenImage, images: Tensor) -> tuple[list[float], l
     return mean.tolist(), std.tolist(), float(-10 * np.log10(error))
 
 
-def save_vae(vae: AutoencoderKLQwenImage, images: Tensor, folder: Path) -> AutoencoderKLQwenImage:
-    """Measure the latents, write them into the configuration and save the autoencoder (float32)."""
+def save_vae(
+    vae: AutoencoderKLQwenImage, images: Tensor, folder: Path, keep_scale: bool = False
+) -> AutoencoderKLQwenImage:
+    """Measure the latents, write them into the configuration (unless keep_scale) and save the autoencoder (float32)."""
     mean, std, psnr = measure(vae, images)
     print(f"vae psnr {psnr:.2f} dB, latents' std {min(std):.2f} to {max(std):.2f}", flush=True)
-    vae.register_to_config(latents_mean=mean, latents_std=std)
+    if not keep_scale:
+        vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(folder)
     return vae

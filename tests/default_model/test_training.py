@@ -1,0 +1,168 @@
+"""The short forwards of training compute what the released classes compute, and the optimisers learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from tools.default_model import models
+from tools.default_model.data import PATCHES, WORDS, ShardSource, make_shard
+from tools.default_model.optimiser import Clock, Muon, orthogonal
+from tools.default_model.tokens import PREFIX, SPECIALS, SUFFIX, TEMPLATE, Encoder
+from tools.default_model.train import load_state, save_state
+from tools.default_model.train_model import Pool, Recipe, Stepper, Trainer, time_shift, trained_parameters
+from tools.default_model.train_vae import decode, encode, flatten, unflatten
+from tools.default_model.world import FORMATS
+
+TOKENIZER = Path(__file__).resolve().parents[2] / "vllm_omni" / "data" / "default_model" / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Qwen2Tokenizer:
+    return Qwen2Tokenizer.from_pretrained(str(TOKENIZER))
+
+
+@pytest.fixture
+def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    torch.manual_seed(0)
+    specials = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return models.make_text_encoder(len(tokenizer), specials, **sizes)
+
+
+def test_the_template_has_the_released_lengths(tokenizer: Qwen2Tokenizer) -> None:
+    before, after = TEMPLATE.split("{}")
+    assert len(tokenizer(before).input_ids) == PREFIX
+    assert len(tokenizer(after).input_ids) == SUFFIX
+    text = TEMPLATE.format("two small red circles on a striped white background")
+    ids, counts = Encoder(TOKENIZER)(["two small red circles on a striped white background"], WORDS)
+    assert ids[0, : counts[0]].tolist() == tokenizer(text).input_ids
+
+
+def test_text_features_are_those_of_the_pipeline(text_encoder: Qwen2_5_VLForConditionalGeneration) -> None:
+    ids, counts = Encoder(TOKENIZER)(["a red circle", "three large blue stars on a black background"], WORDS)
+    rows = torch.from_numpy(ids)
+    mask = (torch.arange(rows.shape[1])[None] < torch.from_numpy(counts)[:, None]).long()
+    with torch.no_grad():
+        full = text_encoder(input_ids=rows, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+        short = models.encode_text(text_encoder, rows)
+    assert torch.equal((full * mask[..., None]) != 0, (short * mask[..., None]) != 0)
+    torch.testing.assert_close(full * mask[..., None], short * mask[..., None], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 8), (6, 10)])
+def test_velocity_is_the_forward_of_diffusers(rows: int, columns: int) -> None:
+    torch.manual_seed(0)
+    transformer = models.make_transformer(num_layers=2, num_attention_heads=2, joint_attention_dim=64)
+    for parameter in transformer.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    latents, text = torch.randn(2, rows * columns, 64), torch.randn(2, 10, 64)
+    real = torch.arange(10)[None] < torch.tensor([[10], [6]])
+    times = torch.tensor([0.25, 0.75])
+    arguments = {"encoder_hidden_states": text, "encoder_hidden_states_mask": real, "timestep": times}
+    with torch.no_grad():
+        full = transformer(hidden_states=latents, img_shapes=[[(1, rows, columns)]] * 2, **arguments).sample
+        transformer.set_attn_processor(models.JointAttention())
+        tables = models.rotary_tables(transformer, rows, columns, 10, PATCHES)
+        padded = nn.functional.pad(latents, (0, 0, 0, PATCHES - rows * columns), value=3.0)
+        picture = (torch.arange(PATCHES) < rows * columns).expand(2, -1)
+        mask = torch.cat([real, picture], dim=1)[:, None, None]
+        short = models.velocity(transformer, padded, text, mask, times, tables)
+    torch.testing.assert_close(short[:, : rows * columns], full, atol=1e-5, rtol=1e-4)
+
+
+def test_the_flat_autoencoder_is_the_released_one() -> None:
+    torch.manual_seed(0)
+    vae, flat = models.make_vae(), models.make_vae()
+    flat.load_state_dict(vae.state_dict())
+    flatten(flat)
+    images = torch.rand(1, 3, 32, 48) * 2 - 1
+    with torch.no_grad():
+        whole = vae.encode(images.unsqueeze(2)).latent_dist.mode().squeeze(2)
+        torch.testing.assert_close(encode(flat, images)[0], whole, atol=1e-4, rtol=1e-4)
+        again = unflatten(flat, models.make_vae())
+        pictures = again.decode(whole.unsqueeze(2)).sample.squeeze(2)
+        torch.testing.assert_close(decode(flat, whole).clamp(-1, 1), pictures, atol=1e-4, rtol=1e-4)
+
+
+def test_orthogonal_updates() -> None:
+    torch.manual_seed(0)
+    out = orthogonal(torch.randn(3, 24, 16))
+    values = torch.linalg.svdvals(out)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_muon_learns_a_product() -> None:
+    torch.manual_seed(0)
+    left, right = nn.Parameter(torch.randn(24, 16) * 0.1), nn.Parameter(torch.randn(16, 24) * 0.1)
+    target = torch.randn(24, 16) @ torch.randn(16, 24)
+    muon = Muon([left, right], 0.1)
+    first = last = 0.0
+    for step in range(150):
+        left.grad = right.grad = None
+        loss = (left @ right - target).square().mean()
+        loss.backward()
+        muon.step(torch.tensor(1 - step / 150))
+        first, last = first or loss.item(), loss.item()
+    assert last < 0.1 * first
+
+
+def test_steps_lower_the_loss(text_encoder: Qwen2_5_VLForConditionalGeneration) -> None:
+    torch.manual_seed(0)
+    transformer = models.make_transformer(num_layers=1, num_attention_heads=2, joint_attention_dim=64)
+    ids, counts = Encoder(TOKENIZER)(["a red circle", "a blue square"], WORDS)
+    latents = torch.randn(2, PATCHES, 64).bfloat16()
+    pool = Pool(latents, torch.from_numpy(ids).short(), torch.from_numpy(counts).short())
+    trainer = Trainer(text_encoder, transformer, [pool] * len(FORMATS), [ids[0, :40].tolist()], "cpu")
+    stepper = Stepper(trainer, trained_parameters(text_encoder, transformer), Recipe(1.0, batch=8))
+    losses = []
+    for _ in range(30):
+        stepper.total.zero_()
+        stepper.step(0, 1.0)
+        losses.append(stepper.total.item())
+    assert sum(losses[-5:]) < 0.93 * sum(losses[:5])
+
+
+def test_states_are_saved_and_loaded(tmp_path: Path, text_encoder: Qwen2_5_VLForConditionalGeneration) -> None:
+    save_state(tmp_path, {"text_encoder": text_encoder})
+    before = {name: tensor.clone() for name, tensor in text_encoder.state_dict().items()}
+    with torch.no_grad():
+        for name, parameter in text_encoder.named_parameters():
+            if "visual." not in name:
+                parameter.zero_()
+    load_state(tmp_path, {"text_encoder": text_encoder})
+    assert all(torch.equal(before[name], tensor) for name, tensor in text_encoder.state_dict().items())
+    with pytest.raises(FileNotFoundError):
+        load_state(tmp_path / "nothing", {"text_encoder": text_encoder})
+
+
+def test_shards_depend_on_their_seed_alone() -> None:
+    with ShardSource(4, TOKENIZER, 1) as source:
+        source.order(FORMATS[1], 20, 10)
+        first, second = source.shards(FORMATS[1])
+    assert (first.ids == make_shard(5, 10, FORMATS[1], TOKENIZER).ids).all()
+    assert (first.primitives != second.primitives).any()
+
+
+def test_the_clock_ends_with_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = Clock(50.0, warmup=2)
+    assert clock.scale() == pytest.approx(0.5)
+    now[0] = 150.0
+    assert clock.share == 1.0
+    assert clock.scale() == pytest.approx(0.01)
+    clock.restart(deadline=160.0)
+    now[0] = 155.0
+    assert clock.share == pytest.approx(0.5)
+
+
+def test_times_shift_as_the_scheduler_does() -> None:
+    assert time_shift(256) == pytest.approx(1.6487, abs=1e-3)
+    assert 1.6 < time_shift(64) < time_shift(256)
