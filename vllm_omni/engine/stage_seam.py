@@ -53,6 +53,11 @@ class StageClient(ABC):
     stage_id: int
     info: StageInfo
 
+    @property
+    def renderer(self) -> Any | None:
+        """vLLM's renderer of chats and prompts; None for a stage that reads no text by itself."""
+        return None
+
     @abstractmethod
     async def attach(self, listener: StageListener) -> None:
         """Join the running event loop; events go to ``listener`` from now on."""

@@ -13,6 +13,7 @@ from vllm_omni import envs
 from vllm_omni.config.stage import PipelineConfig
 from vllm_omni.distributed.omni_connectors.utils.arena import Arena
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
+from vllm_omni.engine.stage_engine import StageInfo
 from vllm_omni.entrypoints import omni_args
 from vllm_omni.entrypoints.orchestrator import Orchestrator
 from vllm_omni.entrypoints.params import default_params, params_for
@@ -155,6 +156,21 @@ class AsyncOmni:
     def pipeline(self) -> PipelineConfig:
         """The stage configuration that is run."""
         return self._setup.pipeline
+
+    @property
+    def stage_infos(self) -> dict[int, StageInfo]:
+        """What each stage said of itself when it was ready."""
+        return {stage_id: client.info for stage_id, client in self._clients.items()}
+
+    @property
+    def renderer(self) -> Any | None:
+        """vLLM's renderer of the stage that reads the prompt; None when that is a diffusion stage."""
+        return self._clients[self._graph.roots[0].stage_id].renderer
+
+    @property
+    def checkpoint_config(self) -> Any | None:
+        """What transformers reads of the checkpoint that several stages are parts of; None for other models."""
+        return self._graph.roots[0].config
 
     @property
     def num_stages(self) -> int:

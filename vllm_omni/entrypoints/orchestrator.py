@@ -72,6 +72,7 @@ class _Flow:
     visits: dict[int, _Visit] = field(default_factory=dict)
     inboxes: dict[int, _Inbox] = field(default_factory=dict)
     timer: asyncio.TimerHandle | None = None
+    opened: float = field(default_factory=time.monotonic)
 
     def metrics(self) -> dict[str, Any]:
         return {str(stage_id): dict(visit.times) for stage_id, visit in sorted(self.visits.items())}
@@ -153,6 +154,11 @@ class Orchestrator:
         return len(self._flows)
 
     @property
+    def loads(self) -> dict[int, tuple[int, int]]:
+        """By stage: requests in it, and requests that wait for a place in it."""
+        return {stage_id: (self._inflight[stage_id], len(self._waiting[stage_id])) for stage_id in self._clients}
+
+    @property
     def dead_error(self) -> StageDeadError | None:
         """The first stage's death, if one has died."""
         return next(iter(self._dead.values()), None)
@@ -191,6 +197,7 @@ class Orchestrator:
         visit = flow.visits.get(stage_id)
         if visit is None:
             visit = flow.visits[stage_id] = _Visit(submitted=time.monotonic())
+            visit.times["start_s"] = visit.submitted - flow.opened
             limit = self._graph.node(stage_id).max_inflight
             if limit is None or self._inflight[stage_id] < limit:
                 self._admit(flow, stage_id, visit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -23,4 +24,34 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     status = server.stop()
     assert status == 0, server.log
     assert "sk-secret" not in server.log
+    assert "Traceback" not in server.log, server.log
+
+
+@pytest.fixture(scope="session")
+def omni_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-Omni."""
+    from vllm_omni.model_executor.tiny_models.qwen3_omni import make_tiny_qwen3_omni
+
+    return make_tiny_qwen3_omni(tmp_path_factory.mktemp("qwen3_omni"), seed=2)
+
+
+@pytest.fixture(scope="package")
+def omni_server(omni_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Speaks: three engines of vLLM's on the tiny checkpoint, greedy and short."""
+    from transformers import AutoConfig
+
+    from tests.model_executor.qwen3_omni.test_end2end import tiny_stages
+
+    folder = tmp_path_factory.mktemp("omni_server")
+    config = AutoConfig.from_pretrained(omni_checkpoint)
+    stages = tiny_stages("qwen3_omni_moe.yaml", config, folder)
+    media = folder / "media"
+    media.mkdir()
+    server = Server(
+        *(str(omni_checkpoint), "--stage-configs-path", str(stages), "--served-model-name", "omni"),
+        *("--allowed-local-media-path", str(media), "--allowed-media-domains", "localhost"),
+        *("--max-audio-seconds", "60", "--max-media-pixels", "1000000", "--max-media-bytes", "1000000"),
+    )
+    yield server
+    assert server.stop() == 0, server.log
     assert "Traceback" not in server.log, server.log

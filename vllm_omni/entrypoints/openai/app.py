@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
-from vllm_omni.entrypoints.openai import errors, health, images
+from vllm_omni.entrypoints.openai import chat, errors, health, images, metrics, profile, speech
 from vllm_omni.entrypoints.openai.gate import Gate
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.version import __version__
@@ -39,6 +39,7 @@ def build_app(service: Service) -> FastAPI:
             max_body=args.max_body_bytes,
             max_bodies=MAX_BODIES * args.max_body_bytes,
             body_timeout=args.body_timeout,
+            answers=service.metrics.http,
         )
     ]
     if args.allowed_origins:
@@ -57,7 +58,14 @@ def build_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     errors.install(app)
-    for router in (health.router, images.router):
+    for router in (
+        health.router,
+        images.router,
+        chat.router,
+        speech.router,
+        metrics.router,
+        profile.router,
+    ):
         app.include_router(router)
     if (PAGE / "index.html").exists():
         app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")

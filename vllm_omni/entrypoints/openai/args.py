@@ -45,8 +45,9 @@ class ServeArgs:
     max_audio_seconds: float = 1800.0
     """Length of one input sound at most."""
     allowed_media_domains: Sequence[str] = ()
-    """Hosts that http(s) URLs of input media may name; without any, such URLs are refused. Addresses that are not
-    public are refused all the same."""
+    """Hosts that http(s) URLs of input media may name; without any, such URLs are refused."""
+    allow_private_media: bool = False
+    """Whether those hosts may have addresses that are not public (of this machine, of the local network)."""
     allowed_local_media_path: str | None = None
     """Folder whose files requests may name by ``file://``; without it, such URLs are refused."""
     allowed_origins: Sequence[str] = ()

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 from collections.abc import Iterable
 
+from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.entrypoints.openai.errors import error_response
@@ -25,10 +26,14 @@ class Gate:
         max_body: bytes of one body.
         max_bodies: bytes of all bodies that are held at once.
         body_timeout: seconds for sending one.
+        answers: counts answers by endpoint and status.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, max_body: int, max_bodies: int, body_timeout: float) -> None:
+    def __init__(
+        self, app: ASGIApp, key: str | None, max_body: int, max_bodies: int, body_timeout: float, answers: Counter
+    ) -> None:
         self._app = app
+        self._answers = answers
         self._digest = None if key is None else _digest(key.encode())
         self._max_body = max_body
         self._max_bodies = max_bodies
@@ -36,12 +41,25 @@ class Gate:
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self._app(scope, receive, send)
-            else:
-                await send({"type": "websocket.close", "code": 1008})
-            return
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await self._pass(scope, receive, self._counted(scope, send))
+
+    def _counted(self, scope: Scope, send: Send) -> Send:
+        """``send`` that counts the answer; what is no endpoint is counted together."""
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                endpoint = scope["route"].path if "route" in scope else "other"
+                self._answers.labels(endpoint, str(message["status"])).inc()
+            await send(message)
+
+        return counted
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
         if self._digest is not None and scope["path"].startswith(GUARDED) and not self._has_key(headers):
             answer = error_response(

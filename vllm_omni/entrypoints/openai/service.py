@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.args import ServeArgs
+from vllm_omni.entrypoints.openai.metrics import Metrics, RequestWatch
+from vllm_omni.entrypoints.openai.voices import voices_of
 from vllm_omni.errors import NotFoundError, OmniError, OverloadError, RequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType, OmniSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
@@ -39,7 +41,9 @@ class Service:
         self.draining = False
         self.makes = frozenset(stage.final_output_type for stage in omni.pipeline.stages if stage.final_output)
         """Kinds of output: ``text``, ``image``, ``audio``, ..."""
-        self.reads_text_as_chat = any(stage.stage_type == "ar" for stage in omni.pipeline.stages)
+        self.voices = voices_of(omni)
+        self.profiling = False
+        self.metrics = Metrics(lambda: self._open, lambda: omni.orchestrator.loads)
         self._pool = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="encode")
         self._open = 0
         self._mean_seconds = 1.0
@@ -86,6 +90,7 @@ class Service:
             OverloadError: all places are taken.
         """
         if self._open >= self.args.max_queue:
+            self.metrics.refused.inc()
             wait = min(MAX_RETRY_AFTER, self._mean_seconds * self._open / 2)
             raise OverloadError(
                 f"{self._open} requests are open, as many as may be; try again later",
@@ -127,17 +132,33 @@ class Service:
         Raises:
             OmniError: what ``AsyncOmni.generate`` raises.
         """
+        watch = RequestWatch(self.metrics)
+
+        def progress(stage_id: int, step: int, total: int) -> None:
+            watch.step(stage_id)
+            if on_progress is not None:
+                on_progress(stage_id, step, total)
+
         outputs = self.omni.generate(
             prompt,
             request_id or uuid.uuid4().hex,
             params,
             output_modalities=modalities,
             timeout=self.args.request_timeout,
-            on_progress=on_progress,
+            on_progress=progress,
         )
-        async with aclosing(outputs):
-            async for output in outputs:
-                yield output
+        outcome = "aborted"
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    watch.output(output)
+                    yield output
+            outcome = "ok"
+        except OmniError as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            watch.end(outcome)
 
     async def collect(
         self, prompt: OmniPromptType, params: Sequence[OmniSamplingParams], modalities: Sequence[str]

@@ -62,7 +62,7 @@ class StreamedResponse(Response):
 
     Args:
         pieces: bytes to send, the first ones given apart.
-        on_error: makes the last piece of an error that comes after the first one; None ends the answer there.
+        on_error: makes the last piece of an error that comes after the first one; None cuts the answer off there.
     """
 
     def __init__(
@@ -100,12 +100,15 @@ class StreamedResponse(Response):
             await self._report(send, error)
         except OmniError as error:
             await self._report(send, error)
-        await self._put(send, b"", more=False)
+        else:
+            await self._put(send, b"", more=False)
 
     async def _report(self, send: Send, error: OmniError) -> None:
+        """Say it in the stream; one that cannot say it is cut off, so that nobody takes it for whole."""
         logger.error("a streamed answer failed: %s", error.message)
         if self._on_error is not None:
             await self._put(send, self._on_error(error))
+            await self._put(send, b"", more=False)
 
     async def _put(self, send: Send, body: bytes, more: bool = True) -> None:
         async with asyncio.timeout(self._send_timeout):

@@ -1,0 +1,124 @@
+"""``/metrics``, profiles, and a real picture: a tiny diffusion model behind the server."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.entrypoints.openai.server import Server, error_of
+
+PATH = "/v1/images/generations"
+PAGE = Path(__file__).parents[3] / "docs" / "user_guide" / "metrics.md"
+
+
+def read(server: Server) -> dict[str, float]:
+    """Every sample, by name and labels."""
+    text = server.http.get("/metrics").text
+    return {
+        sample.name + json.dumps(sample.labels, sort_keys=True): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A tiny random FLUX."""
+    from vllm_omni.diffusion.tiny_models import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("flux")
+    make_tiny_model("flux", folder / "model", seed=0)
+    profiles = {"VLLM_TORCH_PROFILER_DIR": str(folder / "profiles")}
+    server = Server(str(folder / "model"), "--served-model-name", "flux", "--default-seed", "1", **profiles)
+    yield server
+    assert server.stop() == 0, server.log
+
+
+def test_picture_and_its_measurements(flux: Server) -> None:
+    """The same seed gives the same picture, and what was done is counted."""
+    before = read(flux)
+    ask = {"prompt": "a lighthouse", "size": "64x64", "num_inference_steps": 3, "seed": 7}
+    pictures = []
+    for body in (ask, ask, {**ask, "seed": 8}):
+        answer = flux.openai.images.generate(model="flux", prompt="", extra_body=body)
+        assert answer.data is not None
+        data = base64.b64decode(answer.data[0].b64_json or "")
+        pictures.append(np.asarray(Image.open(io.BytesIO(data))))
+        assert pictures[-1].shape == (64, 64, 3)
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+    grown = {name: value - before.get(name, 0) for name, value in read(flux).items()}
+    assert grown["vllm_omni_images_total{}"] == 3
+    assert grown['vllm_omni_requests_total{"outcome": "ok"}'] == 3
+    assert grown['vllm_omni_step_seconds_count{"stage": "0"}'] == 6
+    assert grown["vllm_omni_image_request_seconds_count{}"] == 3
+    assert grown['vllm_omni_stage_seconds_count{"phase": "run", "stage": "0"}'] == 3
+    whole, run = grown["vllm_omni_request_seconds_sum{}"], 'vllm_omni_stage_seconds_sum{"phase": "run", "stage": "0"}'
+    assert 0 < grown[run] <= whole
+    key = f'vllm_omni_http_requests_total{{"endpoint": "{PATH}", "status": "200"}}'
+    assert grown[key] == 3
+
+
+def test_steps_are_streamed(flux: Server) -> None:
+    body = {"prompt": "x", "size": "64x64", "num_inference_steps": 4, "stream": True}
+    with flux.http.stream("POST", PATH, json=body) as answer:
+        events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
+    assert [(event.get("step"), event.get("total")) for event in events[:-1]] == [(i, 4) for i in (1, 2, 3, 4)]
+    assert events[-1]["type"] == "image_generation.completed"
+
+
+def test_what_the_model_does_not_take(flux: Server) -> None:
+    answer = flux.post(PATH, {"prompt": "x", "size": "60x64"})
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "size")
+
+
+def test_profile(flux: Server) -> None:
+    assert flux.post("/stop_profile", None).status_code == 400
+    assert flux.post("/start_profile", None).json() == {"status": "started"}
+    assert flux.post("/start_profile", None).status_code == 400
+    flux.post(PATH, {"prompt": "x", "size": "64x64", "num_inference_steps": 1})
+    files = flux.post("/stop_profile", None).json()["files"]
+    assert list(files) == ["0"]
+    assert files["0"]
+    for name in files["0"]:
+        assert Path(name).stat().st_size > 0
+
+
+def test_refusals_and_errors_are_counted(pictures: Server) -> None:
+    before = read(pictures)
+    pictures.post(PATH, {"prompt": "fail"})
+    pictures.post(PATH, {"prompt": "x", "n": 99})
+    pictures.http.get("/nothing/of/the/kind")
+    grown = {name: value - before.get(name, 0) for name, value in read(pictures).items()}
+    assert grown['vllm_omni_requests_total{"outcome": "RequestError"}'] == 1
+    assert grown[f'vllm_omni_http_requests_total{{"endpoint": "{PATH}", "status": "400"}}'] == 2
+    assert grown['vllm_omni_http_requests_total{"endpoint": "other", "status": "404"}'] == 1
+    assert read(pictures)["vllm_omni_requests_open{}"] == 0
+
+
+def test_every_measurement_is_documented(pictures: Server) -> None:
+    families = text_string_to_metric_families(pictures.http.get("/metrics").text)
+    names = {family.name for family in families if not family.name.endswith("_created")}
+    assert len(names) >= 15
+    text = PAGE.read_text()
+    assert sorted(name for name in names if f"`{name}`" not in text) == []
+
+
+def test_measurements_of_speech(omni_server: Server) -> None:
+    before = read(omni_server)
+    turn = {"messages": [{"role": "user", "content": "hello"}], "modalities": ["text", "audio"]}
+    assert omni_server.post("/v1/chat/completions", turn).status_code == 200
+    grown = {name: value - before.get(name, 0) for name, value in read(omni_server).items()}
+    assert grown["vllm_omni_audio_seconds_total{}"] == pytest.approx((12 * 1920 - 555) / 24000)
+    for name in ("time_to_first_text_seconds", "time_to_first_audio_seconds", "real_time_factor"):
+        assert grown[f"vllm_omni_{name}_count{{}}"] == 1
+    assert grown['vllm_omni_tokens_total{"kind": "generated"}'] == 8
+    assert {f'vllm_omni_stage_seconds_count{{"phase": "run", "stage": "{i}"}}' for i in range(3)} <= set(grown)

@@ -1,0 +1,103 @@
+"""``/v1/audio/speech`` by OpenAI's client: files, streams, events."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import soundfile
+
+from tests.entrypoints.openai.server import Server, error_of
+
+PATH = "/v1/audio/speech"
+ASK: dict[str, Any] = {"input": "hello there", "model": "omni", "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def whole(omni_server: Server) -> Any:
+    """The samples of ``ASK``."""
+    answer = omni_server.post(PATH, ASK)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "audio/wav")
+    samples, rate = soundfile.read(io.BytesIO(answer.content), dtype="int16")
+    assert rate == 24000
+    assert len(samples) == 12 * 1920 - 555
+    assert np.abs(samples).max() > 0
+    return samples
+
+
+def test_voices(omni_server: Server, pictures: Server) -> None:
+    names = omni_server.http.get("/v1/audio/voices").json()["voices"]
+    assert sorted(names) == ["aiden", "chelsie", "ethan"]
+    assert pictures.http.get("/v1/audio/voices").status_code == 400
+
+
+@pytest.mark.parametrize("form", ["pcm", "flac", "mp3", "opus"])
+def test_forms(omni_server: Server, whole: Any, form: Any) -> None:
+    answer = omni_server.openai.audio.speech.create(
+        input="hello there", model="omni", voice="Ethan", response_format=form, extra_body={"seed": 3}
+    )
+    if form == "pcm":
+        assert np.array_equal(np.frombuffer(answer.content, "<i2"), whole)
+        return
+    samples, _ = soundfile.read(io.BytesIO(answer.content), dtype="int16")
+    if form == "flac":
+        assert np.array_equal(samples, whole)
+    assert len(samples) == pytest.approx(len(whole), abs=2500)
+
+
+def test_another_voice_is_heard(omni_server: Server, whole: Any) -> None:
+    other = omni_server.post(PATH, {**ASK, "speaker": "Chelsie", "response_format": "pcm"})
+    assert not np.array_equal(np.frombuffer(other.content, "<i2"), whole)
+
+
+@pytest.mark.parametrize("form", ["wav", "pcm"])
+def test_a_stream_is_the_whole(omni_server: Server, whole: Any, form: str) -> None:
+    with omni_server.http.stream("POST", PATH, json={**ASK, "stream": True, "response_format": form}) as answer:
+        assert answer.headers["content-type"] == f"audio/{form}"
+        assert "content-length" not in answer.headers
+        pieces = list(answer.iter_raw())
+    assert len(pieces) >= 2
+    data = b"".join(pieces)
+    got = np.frombuffer(data[44:] if form == "wav" else data, "<i2")
+    assert np.abs(got.astype(int) - whole).max() <= 8
+    if form == "wav":
+        assert soundfile.info(io.BytesIO(data)).samplerate == 24000
+
+
+def test_events(omni_server: Server, whole: Any) -> None:
+    body = {**ASK, "stream_format": "sse", "response_format": "pcm"}
+    with omni_server.http.stream("POST", PATH, json=body) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
+    assert [event["type"] for event in events] == ["speech.audio.delta"] * 2 + ["speech.audio.done"]
+    data = b"".join(base64.b64decode(event["audio"]) for event in events[:-1])
+    assert events[-1]["bytes"] == len(data) == 2 * len(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "status"),
+    [
+        ({"input": ""}, "input", 400),
+        ({"input": "x" * 5000}, "input", 400),
+        ({"voice": "../../etc/passwd"}, "voice", 404),
+        ({"voice": 7}, "voice", 400),
+        ({"response_format": "aac"}, "response_format", 400),
+        ({"response_format": "mp3", "stream": True}, "response_format", 400),
+        ({"speed": 2}, "speed", 400),
+        ({"ref_audio": "file:///etc/passwd"}, "ref_audio", 400),
+        ({"model": "tts-1"}, "model", 404),
+    ],
+)
+def test_wrong_field(omni_server: Server, change: dict[str, Any], param: str, status: int) -> None:
+    answer = omni_server.post(PATH, {**ASK, **change})
+    assert (answer.status_code, error_of(answer)["param"]) == (status, param)
+
+
+def test_model_that_does_not_speak(pictures: Server) -> None:
+    with pytest.raises(openai.BadRequestError):
+        pictures.openai.audio.speech.create(input="x", model="painter", voice="alloy")
