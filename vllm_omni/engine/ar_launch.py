@@ -181,10 +181,14 @@ def _start_together(group: list[tuple[ARStageSpec, VllmConfig]], timeout: float)
                 left = began + timeout - time.monotonic()
                 handles.append(_finish(spec, config, launch, barrier, left, timeout))
                 logger.info("stage %d ready after %.1f s", spec.stage_id, time.monotonic() - began)
-        except BaseException:
+        except BaseException as error:
             end_ar_stages(handles, grace=0.5)
-            for _, _, launch, _ in starting[len(handles) :]:
+            for _, _, launch, barrier in starting[len(handles) :]:
                 launch.engine_manager.shutdown(timeout=0.5)
+                # Not close(): that would wait for the engine. This ends the waiting and frees its sockets.
+                barrier.__exit__(type(error), error, error.__traceback__)
+                for process in launch.engine_manager.processes:
+                    process.join()
             raise
     return handles
 
