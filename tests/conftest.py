@@ -1,4 +1,7 @@
-"""What every test has: one thread a process, no network, and GPU tests only where the driver lists a GPU."""
+"""What every test has: one thread a process, no network.
+
+GPU tests run only where the driver lists a GPU, browser tests only where there is Chromium.
+"""
 
 import os
 import shutil
@@ -17,9 +20,14 @@ def _has_gpu() -> bool:
     return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
 
 
+def _has_browser() -> bool:
+    return all(shutil.which(name) is not None for name in ("chromium", "chromedriver"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave tests marked ``gpu`` out on a machine without one."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked and not _has_gpu():
-        config.hook.pytest_deselected(items=marked)
-        items[:] = [item for item in items if item not in marked]
+    """Leave tests out that are marked ``gpu`` or ``browser`` on a machine without one."""
+    for name, is_there in (("gpu", _has_gpu), ("browser", _has_browser)):
+        marked = [item for item in items if item.get_closest_marker(name)]
+        if marked and not is_there():
+            config.hook.pytest_deselected(items=marked)
+            items[:] = [item for item in items if item not in marked]

@@ -40,10 +40,12 @@ async def test_a_chain_runs_every_stage_in_order(start: Start) -> None:
     assert trace(output) == [0, 1, 2]
     assert (output.request_id, output.stage_id, output.finished, output.final_output_type) == ("mine", 2, True, "text")
     assert output.multimodal_output["prompt"] == "tea"
-    for times in output.metrics["stages"].values():
-        assert set(times) == {"wait_s", "transfer_s", "queue_s", "run_s"}
+    stages = output.metrics["stages"]
+    assert 0 <= stages["0"]["start_s"] < stages["1"]["start_s"] < stages["2"]["start_s"]
+    for times in stages.values():
+        assert set(times) == {"start_s", "wait_s", "transfer_s", "queue_s", "run_s"}
         assert all(0 <= seconds < 5 for seconds in times.values())
-    assert sorted(output.metrics["stages"]) == ["0", "1", "2"]
+    assert sorted(stages) == ["0", "1", "2"]
 
 
 async def test_two_hundred_requests_at_once(start: Start) -> None:

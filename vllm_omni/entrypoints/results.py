@@ -32,8 +32,9 @@ def build_output(
 
     ``data`` is what the engine named: ``request_output`` is vLLM's own; ``images``, ``latents``, ``metrics`` and
     ``multimodal_output`` go to the fields of these names, everything else into ``multimodal_output``.
-    ``metrics["stages"]`` holds, by stage id, the seconds that the request waited in the driver (``wait_s``), was on its
-    way (``transfer_s``), waited in the stage (``queue_s``) and was worked on (``run_s``).
+    ``metrics["stages"]`` holds, by stage id, the second at which the request came to the stage (``start_s``, counted
+    from the request's own start), and the seconds that it waited in the driver (``wait_s``), was on its way
+    (``transfer_s``), waited in the stage (``queue_s``) and was worked on (``run_s``).
     """
     loaded = {name: resolve(value) for name, value in data.items()}
     metrics = {**loaded.get("metrics", {}), "stages": dict(stage_times)}

@@ -6,7 +6,7 @@ import gc
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -95,6 +95,7 @@ class DiffusionModelRunner:
         self.facts = {
             "pipeline": name,
             "by_steps": self.by_steps,
+            "sampling": sampling_facts(pipeline),
             "load_s": round(loaded - started, 3),
             "weight_bytes": sum(p.numel() * p.element_size() for p in pipeline.parameters()),
             "memory_GiB": self.meter.loaded(),
@@ -294,6 +295,14 @@ def runs_by_steps(pipeline: DiffusionPipeline) -> bool:
     if not isinstance(pipeline, SupportsStepExecution):
         return False
     return not isinstance(pipeline, DiTPipeline) or type(pipeline).forward is DiTPipeline.forward
+
+
+def sampling_facts(pipeline: DiffusionPipeline) -> dict[str, object] | None:
+    """The pipeline's ``SamplingDefaults`` as plain values; None for one that has none."""
+    if not isinstance(pipeline, DiTPipeline):
+        return None
+    facts = asdict(pipeline.defaults)
+    return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in facts.items()}
 
 
 def _state(entry: _Request) -> DenoiseState:

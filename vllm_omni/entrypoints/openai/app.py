@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.staticfiles import StaticFiles
 
-from vllm_omni.entrypoints.openai import chat, errors, health, images, metrics, profile, speech
+from vllm_omni.entrypoints.openai import chat, errors, health, images, info, metrics, page, profile, speech
 from vllm_omni.entrypoints.openai.gate import Gate
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.version import __version__
 
-PAGE = Path(__file__).parent / "playground"
-"""Static files that are served at ``/``, where they are there."""
 MAX_BODIES = 8
 """Bodies of the largest size that are held at once."""
 
@@ -60,13 +56,13 @@ def build_app(service: Service) -> FastAPI:
     errors.install(app)
     for router in (
         health.router,
+        info.router,
         images.router,
         chat.router,
         speech.router,
         metrics.router,
         profile.router,
+        page.router,
     ):
         app.include_router(router)
-    if (PAGE / "index.html").exists():
-        app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
     return app

@@ -1,0 +1,86 @@
+"""``/v1/omni/info``: what the served model takes and makes, for people and for the playground."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from vllm_omni.config.stage import StageConfig
+from vllm_omni.engine.stage_engine import StageInfo
+from vllm_omni.entrypoints.openai.health import service_of
+from vllm_omni.entrypoints.openai.images import ImageGenerationRequest
+from vllm_omni.entrypoints.openai.service import Service
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.version import __version__
+
+router = APIRouter()
+
+_PARAMETERS = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "seed", "n")
+_BOUNDS = ("minimum", "maximum", "maxLength", "enum")
+_SHOWN_FACTS = ("device", "dtype")
+
+
+@router.get("/v1/omni/info")
+async def info(request: Request) -> dict[str, Any]:
+    """The served model: its stages, and for pictures each parameter with its default and bounds."""
+    service = service_of(request)
+    infos = service.omni.stage_infos
+    answer: dict[str, Any] = {
+        "model": service.name,
+        "version": __version__,
+        "output_modalities": sorted(service.makes),
+        "stages": [_stage(stage, infos[stage.stage_id]) for stage in service.omni.pipeline.stages],
+    }
+    if "image" in service.makes:
+        answer["image"] = _image(service)
+    return answer
+
+
+def _stage(stage: StageConfig, said: StageInfo) -> dict[str, Any]:
+    return {
+        "stage_id": stage.stage_id,
+        "type": stage.stage_type,
+        "name": said.name,
+        "ranks": said.ranks,
+        "sources": list(stage.engine_input_source),
+        "output": stage.final_output_type if stage.final_output else None,
+        **{name: said.facts[name] for name in _SHOWN_FACTS if name in said.facts},
+    }
+
+
+def _image(service: Service) -> dict[str, Any]:
+    """Parameters of a request for pictures. One that the model does not take is left out.
+
+    A model that tells nothing of itself (a custom pipeline) takes them all, for all that the server knows.
+    """
+    model, given = _sampling(service)
+    bounds = {name: _bounds(field) for name, field in ImageGenerationRequest.model_json_schema()["properties"].items()}
+    defaults = {**(model or {}), **given, "n": given.get("num_outputs_per_prompt", 1)}
+    taken = [name for name in _PARAMETERS if name != "guidance_scale" or model is None or model[name] is not None]
+    return {
+        "parameters": {name: {"default": defaults.get(name), **bounds[name]} for name in taken},
+        "size": {
+            "default": [defaults.get("width"), defaults.get("height")],
+            "multiple": 1 if model is None else model["multiple"],
+            "max_pixels": service.args.max_generated_image_size,
+        },
+        "prompt": bounds["prompt"],
+        "output_formats": bounds["output_format"]["enum"],
+    }
+
+
+def _sampling(service: Service) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The table of the model that draws, and what the stage configuration says instead."""
+    omni = service.omni
+    for stage, params in zip(omni.pipeline.stages, omni.default_sampling_params_list, strict=True):
+        if isinstance(params, OmniDiffusionSamplingParams) and stage.final_output_type == "image":
+            given = {name: value for name, value in vars(params).items() if value is not None}
+            return omni.stage_infos[stage.stage_id].facts.get("sampling"), given
+    return None, {}
+
+
+def _bounds(field: dict[str, Any]) -> dict[str, Any]:
+    """The bounds in the JSON schema of a field, which may also allow null."""
+    kinds = field.get("anyOf", [field])
+    return {key: value for key, value in kinds[0].items() if key in _BOUNDS}

@@ -1,0 +1,93 @@
+// Where the time of a request went, as bars: one row a stage, one for what the browser saw.
+import { el, seconds } from "./dom.js";
+
+const SHOWN = 5e-5; // seconds; less than that is neither seen nor worth a word
+const WORDS = {
+  wait: "wait for the stage",
+  transfer: "transfer in and out",
+  queue: "queue",
+  encode: "encode text",
+  denoise: "steps",
+  decode: "decode",
+  run: "run",
+  browser: "seen by the browser",
+};
+
+/** Parts of a stage's time in order, [kind, seconds]. The server tells the two ways of transfer as one sum. */
+function partsOf(times, engine) {
+  const parts = [
+    ["wait", times.wait_s ?? 0],
+    ["transfer", times.transfer_s ?? 0],
+    ["queue", (times.queue_s ?? 0) + (engine?.queue_s ?? 0)],
+  ];
+  let rest = (times.run_s ?? 0) - (engine?.queue_s ?? 0);
+  for (const kind of ["encode", "denoise", "decode"]) {
+    const part = engine?.[`${kind}_s`];
+    if (part === undefined) continue;
+    parts.push([kind, part]);
+    rest -= part;
+  }
+  parts.push(["run", rest]);
+  return parts.filter(([, value]) => value >= SHOWN);
+}
+
+function rowsOf(metrics, stages, total) {
+  const rows = [];
+  for (const [id, times] of Object.entries(metrics.stages ?? {})) {
+    const stage = stages.find((one) => String(one.stage_id) === id);
+    // What stands beside `stages` is the engine's own account, of the stage that made the picture.
+    const parts = partsOf(times, stage?.output === "image" ? metrics : null);
+    rows.push({ name: `${id} ${stage?.name ?? "stage"}`, start: times.start_s ?? 0, parts });
+  }
+  rows.push({ name: "browser", start: 0, parts: [["browser", total]] });
+  return rows;
+}
+
+function track(row, end) {
+  const bars = [];
+  let at = row.start;
+  for (const [kind, value] of row.parts) {
+    const bar = el("i", { className: kind, title: `${WORDS[kind]}: ${seconds(value)}` });
+    bar.style.left = `${(100 * at) / end}%`;
+    bar.style.width = `${(100 * value) / end}%`;
+    bars.push(bar);
+    at += value;
+  }
+  const text = row.parts.map(([kind, value]) => `${WORDS[kind]} ${seconds(value)}`).join(", ");
+  return el("div", { className: "track", role: "img", "aria-label": `${row.name}: ${text}` }, ...bars);
+}
+
+function axis(end) {
+  const step = 10 ** Math.floor(Math.log10(end));
+  const mark = [0.2, 0.5, 1, 2, 5].map((factor) => factor * step).find((value) => end / value <= 5) ?? 5 * step;
+  const marks = [];
+  for (let at = 0; at <= end * 1.0001; at += mark) {
+    const label = el("span", {}, at === 0 ? "0" : seconds(at));
+    label.style.left = `${(100 * at) / end}%`;
+    marks.push(label);
+  }
+  return el("div", { className: "axis", "aria-hidden": "true" }, ...marks);
+}
+
+/** Draw into `target`. `total`: seconds in the browser. */
+export function draw(target, metrics, stages, total) {
+  const rows = rowsOf(metrics, stages, total);
+  const end = Math.max(...rows.map((row) => row.start + row.parts.reduce((sum, [, value]) => sum + value, 0)), 1e-3);
+  const cells = rows.flatMap((row) => [
+    el("span", { className: "name", title: row.name }, row.name),
+    track(row, end),
+    el("span", { className: "num" }, seconds(row.parts.reduce((sum, [, value]) => sum + value, 0))),
+  ]);
+  const sums = new Map();
+  for (const [kind, value] of rows.flatMap((row) => row.parts)) sums.set(kind, (sums.get(kind) ?? 0) + value);
+  const legend = [...sums].map(([kind, value]) =>
+    el("span", {}, el("i", { className: kind }), `${WORDS[kind]} `, el("span", { className: "num" }, seconds(value))),
+  );
+  target.replaceChildren(
+    ...cells,
+    el("span", { className: "name" }),
+    axis(end),
+    el("span"),
+    el("div", { className: "legend", "aria-hidden": "true" }, ...legend),
+  );
+}
