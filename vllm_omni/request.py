@@ -23,7 +23,9 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float) -> Deadline:
-        """The deadline ``seconds`` from now."""
+        """The deadline ``seconds`` from now. Raises ``RequestError``: not a number above 0."""
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+            raise RequestError(f"timeout={seconds!r}: must be a number above 0", field="timeout", value=repr(seconds))
         return cls(time.monotonic() + seconds, seconds)
 
     def left(self) -> float:
@@ -64,6 +66,7 @@ def check_prompt(prompt: Any) -> None:
         RequestError: neither text nor a dictionary with known keys, or no prompt in it.
     """
     if isinstance(prompt, str):
+        _check_text("prompt", prompt)
         return
     if not isinstance(prompt, Mapping):
         raise RequestError(
@@ -74,7 +77,17 @@ def check_prompt(prompt: Any) -> None:
             raise RequestError(f"prompt: unknown key {key!r}{nearest(str(key), _PROMPT_KEYS)}", field=str(key))
     if "prompt" not in prompt and "prompt_token_ids" not in prompt:
         raise RequestError('a prompt dictionary needs "prompt" or "prompt_token_ids"', field="prompt")
-    if not isinstance(prompt.get("prompt", ""), str):
+    for key in ("prompt", "negative_prompt"):
+        if key in prompt:
+            _check_text(key, prompt[key])
+
+
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"{name} must be text, got {type(text).__name__}", field=name, value=repr(text)[:100])
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
         raise RequestError(
-            f"prompt must be text, got {type(prompt['prompt']).__name__}", field="prompt", value=repr(prompt)[:100]
-        )
+            f"{name}: half a surrogate pair at character {error.start}, which is no text", field=name
+        ) from error

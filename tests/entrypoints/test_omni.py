@@ -93,6 +93,9 @@ def test_one_bad_prompt_among_good_ones(omni: Omni) -> None:
         ({"negative_prompt": "x"}, 'needs "prompt" or "prompt_token_ids"'),
         ({"prompt": 3}, "prompt must be text, got int"),
         (3.5, "a prompt is text or a dictionary, got float"),
+        (b"x", "a prompt is text or a dictionary, got bytes"),
+        ("\ud800", "prompt: half a surrogate pair at character 0"),
+        ({"prompt": "x", "negative_prompt": 3}, "negative_prompt must be text, got int"),
         ({"prompt": "x", "multi_modal_data": {"image": object()}}, "multi_modal_data.image: a builtins.object cannot"),
     ],
 )
@@ -100,6 +103,18 @@ def test_bad_prompts(omni: Omni, prompt: Any, message: str) -> None:
     with pytest.raises(RequestError) as caught:
         run(omni, [prompt])
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize("prompts", [None, 3, b"x"])
+def test_what_is_no_prompt_at_all(omni: Omni, prompts: Any) -> None:
+    with pytest.raises(RequestError, match=f"a prompt is text or a dictionary, got {type(prompts).__name__}"):
+        run(omni, prompts)
+
+
+def test_prompts_may_be_anything_that_can_be_iterated(omni: Omni) -> None:
+    outputs = run(omni, (text for text in ("a", "b")), output_modalities=["text"])
+    assert [output.prompt for output in outputs] == ["a", "b"]
+    assert run(omni, []) == []
 
 
 def test_sampling_parameters(omni: Omni) -> None:
@@ -127,7 +142,9 @@ def test_sampling_parameters(omni: Omni) -> None:
         ({"height": -1}, "height=-1: allowed is 16 to 16384"),
         ({"negative_prompts": ["a", "b"]}, "2 negative_prompts for 1 prompts"),
         ({"output_modalities": ["smell"]}, "no stage makes 'smell'"),
-        ({"timeout": -1}, "timeout=-1: must be above 0"),
+        ({"output_modalities": "text"}, "output_modalities='text': expected a list, such as [\"text\"]"),
+        ({"timeout": -1}, "timeout=-1: must be a number above 0"),
+        ({"timeout": "1"}, "timeout='1': must be a number above 0"),
         (
             {"sampling_params": OmniDiffusionSamplingParams(extra_args={"foo": [1, object()]})},
             "extra_args.foo.1: a builtins.object cannot travel between processes",

@@ -120,8 +120,6 @@ class AsyncOmni:
         timeout: float | None = None,
     ) -> OmniRequest:
         """Check one request; raises ``RequestError``."""
-        if timeout is not None and not timeout > 0:
-            raise RequestError(f"timeout={timeout!r}: must be above 0", field="timeout", value=timeout)
         check_prompt(prompt)
         return OmniRequest(
             request_id or uuid.uuid4().hex,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import uuid
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,9 @@ from vllm_omni.errors import OmniError, RequestError, StageDeadError
 from vllm_omni.inputs.data import OmniPromptType, OmniSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.request import OmniRequest
+
+_ONE = (str, bytes, Mapping)
+"""What could be iterated but is one prompt (bytes are none at all, which its check says)."""
 
 
 class Omni:
@@ -53,7 +56,7 @@ class Omni:
         failed is raised, and its ``outputs`` hold what the others made. The engine goes on.
 
         Args:
-            prompts: one prompt or a list.
+            prompts: one prompt or several (a list, or anything else that can be iterated).
             sampling_params_list: one set for all stages of its class, or one per stage; or ``sampling_params=``.
             py_generator: return a generator that yields outputs in the order in which they are made, pieces of text
                 and sound included, instead of a list with one output a prompt and final stage.
@@ -70,7 +73,7 @@ class Omni:
             raise RequestError(
                 "sampling_params and sampling_params_list are the same; give one", field="sampling_params"
             )
-        many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        many = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, _ONE) else [prompts]
         params = sampling_params if sampling_params is not None else sampling_params_list
         requests: list[OmniRequest | OmniError] = [
             self._request(prompt, index, params, loose, output_modalities, timeout)

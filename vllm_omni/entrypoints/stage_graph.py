@@ -71,6 +71,12 @@ class StageGraph:
         Raises:
             RequestError: no stage makes one of them.
         """
+        if isinstance(modalities, str):
+            raise RequestError(
+                f'output_modalities={modalities!r}: expected a list, such as ["{modalities}"]',
+                field="output_modalities",
+                value=modalities,
+            )
         return self._needed(None if modalities is None else tuple(modalities))
 
     def wanted(self, node: StageNode, modalities: Sequence[str] | None) -> bool:

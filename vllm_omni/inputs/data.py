@@ -130,10 +130,12 @@ class OmniDiffusionSamplingParams:
                 raise RequestError(f"{name}={value!r}: expected {kind.__name__}", field=name, value=repr(value))
             if not low <= value <= high:
                 raise RequestError(f"{name}={value}: allowed is {low} to {high}", field=name, value=value)
-        if self.output_type not in ("pil", "np", "pt", "latent"):
-            raise RequestError(
-                f"output_type={self.output_type!r}: allowed are pil, np, pt, latent", field="output_type"
-            )
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise RequestError(
+                    f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}", field=name, allowed=allowed
+                )
+        self._check_objects()
         if self.sigmas is not None and self.num_inference_steps not in (None, len(self.sigmas)):
             raise RequestError(
                 f"num_inference_steps={self.num_inference_steps} but sigmas has {len(self.sigmas)} values",
@@ -145,7 +147,36 @@ class OmniDiffusionSamplingParams:
                 field="generator",
             )
 
+    def _check_objects(self) -> None:
+        sigmas = self.sigmas
+        if sigmas is not None and not (isinstance(sigmas, (list, tuple)) and sigmas and all(map(_is_number, sigmas))):
+            raise RequestError(f"sigmas={sigmas!r}: expected a list of at least one number", field="sigmas")
+        if not isinstance(self.extra_args, Mapping):
+            raise RequestError(f"extra_args={self.extra_args!r}: expected names and values", field="extra_args")
+        if not isinstance(self.return_trajectory_latents, bool):
+            raise RequestError(
+                f"return_trajectory_latents={self.return_trajectory_latents!r}: expected bool",
+                field="return_trajectory_latents",
+            )
+        if self.latents is None and self.generator is None:
+            return  # and torch need not be imported
+        import torch
 
+        if self.latents is not None and not isinstance(self.latents, torch.Tensor):
+            raise RequestError(f"latents are {type(self.latents).__name__}; expected a tensor", field="latents")
+        generators = self.generator if isinstance(self.generator, list) else [self.generator]
+        for generator in generators:
+            if not isinstance(generator, torch.Generator) and self.generator is not None:
+                raise RequestError(
+                    f"generator={generator!r}: expected a torch.Generator, or a list of them", field="generator"
+                )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_CHOICES = {"output_type": ("pil", "np", "pt", "latent"), "generator_device": ("cpu", "cuda")}
 _FLOATS = ("guidance_scale", "true_cfg_scale", "guidance_scale_2", "lora_scale")
 _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("height", 16, 16384),
