@@ -11,7 +11,14 @@ import pytest
 from tests.entrypoints.graphs import ask, chain, stage, write
 from vllm_omni import Omni
 from vllm_omni.config.schema import field_docs
-from vllm_omni.entrypoints.omni_args import DIFFUSION_ENGINE, OmniArgs, device_table, resolve, stage_engine_args
+from vllm_omni.entrypoints.omni_args import (
+    DIFFUSION_ENGINE,
+    OmniArgs,
+    default_model,
+    device_table,
+    resolve,
+    stage_engine_args,
+)
 from vllm_omni.errors import ConfigError, DeadlineError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
@@ -102,8 +109,8 @@ def test_arguments_with_another_name_or_form(tiny: str) -> None:
 
 
 def test_without_a_model() -> None:
-    with pytest.raises(ConfigError, match="model is missing"):
-        Omni()
+    assert engine_args()["model"] == default_model()
+    assert Path(default_model(), "model_index.json").is_file()
     with pytest.raises(ConfigError, match="neither a folder nor a checkpoint in the local hub cache"):
         Omni("no-such/model")
 

@@ -13,6 +13,7 @@ from vllm_omni import envs
 from vllm_omni.config.schema import nearest, parse
 from vllm_omni.config.stage import PipelineConfig, Row, StageConfig, load_stage_configs, single_diffusion_stage
 from vllm_omni.errors import ConfigError
+from vllm_omni.logger import init_logger
 
 if TYPE_CHECKING:
     from vllm_omni.engine.ar_launch import ARStageSpec
@@ -26,7 +27,7 @@ class OmniArgs:
     """What ``Omni`` and ``AsyncOmni`` themselves take; every other argument is one of ``OmniDiffusionConfig``."""
 
     model: str | None = None
-    """Folder of the checkpoint, or a hub name that the local cache holds."""
+    """Folder of the checkpoint, or a hub name that the local cache holds. Default: the tiny one of the package."""
     stage_configs_path: str | None = None
     """Stage configuration file (YAML). Without it: one diffusion stage, or the file that comes with the package."""
     log_stats: bool = False
@@ -113,13 +114,20 @@ def resolve(values: Mapping[str, Any], source: str | Mapping[str, str] = "Omni()
     return OmniSetup(args, pipeline, sources)
 
 
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "data" / "default_model"
+
+
 def default_model() -> str:
-    """The model of ``Omni()`` without arguments.
+    """The model of ``Omni()`` without arguments: the tiny one that comes with the package.
 
     Raises:
-        ConfigError: always, until the package has one.
+        ConfigError: the package was installed without it.
     """
-    raise ConfigError("model is missing: give the folder or the hub name of a checkpoint", field="model")
+    if not (DEFAULT_MODEL / "model_index.json").is_file():
+        raise ConfigError("model is missing: give the folder or the hub name of a checkpoint", field="model")
+    # The logger is made here: a program may set the level after it imported this module.
+    init_logger(__name__).info("no model was given: using the tiny one of the package, which draws simple shapes")
+    return str(DEFAULT_MODEL)
 
 
 def engine_class(stage: StageConfig) -> str:
@@ -215,7 +223,9 @@ def _overridden(
             merged["model"] = model
             lines[f"stage_args[{index}].engine_args.model"] = sources.get("model", "default")
         elif "model" not in merged and not custom:
-            default_model()
+            raise ConfigError(
+                f"stage {stage.stage_id}: model is missing: give one to Omni or to the stage", field="model"
+            )
         if stage.stage_type == "diffusion" and not custom:
             merged.update(engine_args)
             lines.update({f"stage_args[{index}].engine_args.{name}": sources[name] for name in engine_args})

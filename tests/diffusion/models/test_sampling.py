@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ import torch
 
 from tests.diffusion.parity import request
 from vllm_omni.diffusion.models.common.flow_match import FlowSchedule
+from vllm_omni.diffusion.models.common.sampling import checkpoint_defaults, resolve_request
+from vllm_omni.diffusion.models.qwen_image.defaults import QWEN_IMAGE
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import ConfigError, RequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
@@ -167,3 +171,34 @@ def test_schedules_are_those_of_diffusers() -> None:
 def test_other_schedules_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         FlowSchedule.from_config(config)
+
+
+def test_a_checkpoint_brings_its_own_defaults(tmp_path: Path) -> None:
+    assert checkpoint_defaults(QWEN_IMAGE, tmp_path) is QWEN_IMAGE
+    own = {"num_inference_steps": 20, "true_cfg_scale": 3.0, "negative_prompt": " ", "height": 128, "width": 96}
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    defaults = checkpoint_defaults(QWEN_IMAGE, tmp_path)
+    req = resolve_request(OmniDiffusionRequest(["a cup"], OmniDiffusionSamplingParams()), defaults, "model", 0)
+    params = req.sampling_params
+    assert (params.num_inference_steps, params.true_cfg_scale, params.height, params.width) == (20, 3.0, 128, 96)
+    assert req.prompts == [{"prompt": "a cup", "negative_prompt": " "}]
+    assert resolve_request(req, defaults, "model", 0).prompts == req.prompts
+    given = OmniDiffusionRequest([{"prompt": "a cup", "negative_prompt": "fog"}], OmniDiffusionSamplingParams())
+    assert resolve_request(given, defaults, "model", 0).negative_texts() == ["fog"]
+    plain = OmniDiffusionRequest(["a cup"], OmniDiffusionSamplingParams(true_cfg_scale=1.0))
+    assert resolve_request(plain, defaults, "model", 0).negative_texts() == [None]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"num_inference_step": 20}, "did you mean 'num_inference_steps'"),
+        ({"guidance_scale": 2.0}, "unknown key 'guidance_scale'"),
+        ({"height": 100}, "multiple of 16"),
+        ({"true_cfg_scale": "high"}, "expected float"),
+    ],
+)
+def test_a_checkpoint_s_wrong_defaults_are_named(tmp_path: Path, own: dict[str, Any], message: str) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    with pytest.raises(ConfigError, match=message):
+        checkpoint_defaults(QWEN_IMAGE, tmp_path)

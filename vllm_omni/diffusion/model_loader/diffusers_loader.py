@@ -18,6 +18,7 @@ from vllm_omni.diffusion.model_loader.dummy import init_dummy_weights
 from vllm_omni.diffusion.model_loader.utils import iterate_weights, weight_files
 from vllm_omni.diffusion.models.common import weights as common_weights
 from vllm_omni.diffusion.models.common.pipeline import DiTPipeline
+from vllm_omni.diffusion.models.common.sampling import checkpoint_defaults
 from vllm_omni.errors import ConfigError
 from vllm_omni.logger import init_logger
 
@@ -48,6 +49,8 @@ class DiffusersPipelineLoader:
         if self.od_config.diffusion_load_format != "custom_pipeline" or registry.is_registered(self.od_config):
             registry.check_features(self.od_config)
         pipeline = self._build(pipeline_class, device)
+        if isinstance(pipeline, DiTPipeline):
+            pipeline.defaults = checkpoint_defaults(pipeline.defaults, pipeline.folder)
         if self.od_config.diffusion_load_format == "dummy":
             init_dummy_weights(pipeline)
         else:

@@ -103,6 +103,8 @@ def generate(
     if output is not None and len(rows) > 1:
         raise RequestError(f"--output names one file, and there are {len(rows)} prompts; use --output-dir")
 
+    if not {"model", "stage_configs_path"} & arguments.keys() and not quiet:
+        typer.echo("no --model: drawing with the tiny one of the package, which knows simple shapes", err=True)
     progress = GenerationProgress(len(rows), enabled=not quiet and sys.stderr.isatty())
     jobs, bad = _check(rows, sampling, output, progress)
     if not rows:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from vllm_omni.config.schema import nearest
 from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.errors import RequestError
+from vllm_omni.diffusion.utils.checkpoint import read_config
+from vllm_omni.errors import ConfigError, RequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 # Parameters that no text-to-image model honours; each means something to another kind of model.
@@ -20,6 +22,8 @@ _OTHER_KINDS = {
     "lora_scale": "adapters are not supported yet",
 }
 _PROMPT_KEYS = ("prompt", "negative_prompt")
+GENERATION_CONFIG = "generation_config.json"
+"""File of a checkpoint with sampling defaults of its own, as transformers' models have it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class SamplingDefaults:
     """Text tokens kept."""
     max_sequence_length_limit: int
     """Most text tokens that may be asked for."""
+    negative_prompt: str | None = None
+    """Negative prompt of prompts that bring none; only for models that are meant to be guided always."""
     height: int = 1024
     """Height in pixels."""
     width: int = 1024
@@ -46,6 +52,40 @@ class SamplingDefaults:
     """Parameters of other kinds of models that this one honours."""
     extra_args: frozenset[str] = field(default_factory=frozenset)
     """Keys of ``extra_args`` that the model reads."""
+
+
+_OF_A_CHECKPOINT = (
+    "num_inference_steps",
+    "guidance_scale",
+    "true_cfg_scale",
+    "max_sequence_length",
+    "negative_prompt",
+    "height",
+    "width",
+)
+
+
+def checkpoint_defaults(defaults: SamplingDefaults, folder: Path) -> SamplingDefaults:
+    """``defaults`` with those of the checkpoint's own ``generation_config.json`` over them, where it has one.
+
+    Raises:
+        ConfigError: a key that is not a default of the model, or a value that no request could have.
+    """
+    if not (folder / GENERATION_CONFIG).is_file():
+        return defaults
+    values = read_config(folder, GENERATION_CONFIG)
+    known = [name for name in _OF_A_CHECKPOINT if name != "guidance_scale" or defaults.guidance_scale is not None]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{folder / GENERATION_CONFIG}: unknown key {key!r}{nearest(key, known)}", field=key)
+    merged = replace(defaults, **values)
+    probe = OmniDiffusionSamplingParams(**{key: item for key, item in values.items() if key != "negative_prompt"})
+    try:
+        probe.validate()
+        resolve_request(OmniDiffusionRequest([""], probe), merged, str(folder / GENERATION_CONFIG), 0)
+    except RequestError as error:
+        raise ConfigError(f"{folder / GENERATION_CONFIG}: {error.message}", **error.details) from error
+    return merged
 
 
 def resolve_request(
@@ -67,9 +107,16 @@ def resolve_request(
     if params.num_inference_steps is None:
         params.num_inference_steps = len(params.sigmas) if params.sigmas is not None else defaults.num_inference_steps
     _check_ranges(params, defaults, model)
+    if defaults.negative_prompt is not None and params.true_cfg_scale is not None and params.true_cfg_scale > 1:
+        req = replace(req, prompts=[_with_negative(prompt, defaults.negative_prompt) for prompt in req.prompts])
     if params.seed is None and params.generator is None and params.latents is None:
         params.seed = secrets.randbits(32) if default_seed is None else default_seed
     return replace(req, sampling_params=params)
+
+
+def _with_negative(prompt: Any, text: str) -> Any:
+    own = {"prompt": prompt} if isinstance(prompt, str) else prompt
+    return own if own.get("negative_prompt") is not None else {**own, "negative_prompt": text}
 
 
 def _check_prompts(req: OmniDiffusionRequest, model: str) -> None:
