@@ -165,7 +165,8 @@ class OmniDiffusionConfig:
         known = (*cls.__dataclass_fields__, *_PARALLEL_FIELDS)
         for name in values:
             if name not in known:
-                raise ConfigError(f"diffusion stage: unknown key {name!r}{nearest(name, known)}", field=name)
+                hint = _INSTEAD[name] if name in _INSTEAD else nearest(name, known)
+                raise ConfigError(f"diffusion stage: unknown key {name!r}{hint}", field=name)
         return parse(cls, {**values, "parallel_config": parallel}, "diffusion stage")
 
     @property
@@ -205,6 +206,35 @@ class OmniDiffusionConfig:
         return self.distributed_executor_backend
 
 
+# What users of the field may bring with them -> what to do here. The name follows "unknown key".
+_INSTEAD = {
+    "load_format": "; use diffusion_load_format",
+    "max_batch_size": "; use max_num_seqs",
+    "device_map": "; use devices, or a parallel size: the model is not spread over devices by layers",
+    "quantization": "; there is no quantisation yet, use dtype",
+    "tokenizer": "; the tokenizers of the checkpoint are used",
+    "output_type": "; it belongs to the sampling parameters of a request",
+    "seed": "; it belongs to the sampling parameters of a request, or use default_seed",
+    "step_execution": "; every model that can is run step by step",
+    "stage_configs": "; give a file as stage_configs_path",
+    "deploy_config": "; give a file as stage_configs_path",
+    "use_fsdp_inference": "; use tensor_parallel_size",
+    **dict.fromkeys(
+        ("enable_cpu_offload", "enable_layerwise_offload", "layerwise_num_gpu_layers", "pin_cpu_memory"),
+        "; there is no offloading yet, use tensor_parallel_size, vae_use_tiling or a smaller dtype",
+    ),
+    **dict.fromkeys(
+        ("lora_path", "lora_scale", "static_lora_scale", "max_cpu_loras"), "; there are no adapters (LoRA) yet"
+    ),
+    **dict.fromkeys(("boundary_ratio", "flow_shift"), "; it belongs to video models, and there is none yet"),
+    **dict.fromkeys(("enable_cache_dit_summary", "cache_strategy"), "; there are no caches that skip steps yet"),
+    **dict.fromkeys(
+        ("nccl_port", "master_port", "scheduler_port", "host", "port"),
+        "; the ranks of a stage are on one host and find each other",
+    ),
+    **dict.fromkeys(("enable_sleep_mode", "omni_kv_config"), "; diffusion stages do not have it yet"),
+    "log_level": "; set the environment variable VLLM_LOGGING_LEVEL",
+}
 _PARALLEL_FIELDS = tuple(DiffusionParallelConfig.__dataclass_fields__)
 
 
