@@ -119,12 +119,6 @@ ROWS = (
 )
 
 
-# Names whose module exists already -> why they are not there yet.
-PENDING: dict[str, str] = {
-    "initialize_model_parallel": "init_parallel joins all groups of one configuration in its place",
-}
-
-
 def _resolve(row: Row) -> Any:
     value: Any = importlib.import_module(row.module)
     for part in row.name.split("."):
@@ -133,7 +127,7 @@ def _resolve(row: Row) -> Any:
     return value
 
 
-LANDED = [row for row in ROWS if row.module in names() and row.name not in PENDING]
+LANDED = [row for row in ROWS if row.module in names()]
 
 
 @pytest.mark.parametrize("row", LANDED, ids=lambda row: row.name)
@@ -147,11 +141,6 @@ def test_name_imports_with_its_signature(row: Row) -> None:
         return
     found = [name for name in inspect.signature(value).parameters if name != "self"]
     assert [name for name in found if name in row.parameters] == list(row.parameters), f"{row.name}{tuple(found)}"
-
-
-def test_pending_names_are_missing() -> None:
-    there = [row.name for row in ROWS if row.name in PENDING and row.name in dir(importlib.import_module(row.module))]
-    assert not there, f"remove from PENDING: {there}"
 
 
 def test_positional_order_of_the_pipeline_output() -> None:

@@ -42,6 +42,23 @@ def test_one_rank_again_and_again() -> None:
     parallel_state.destroy_parallel()
 
 
+def test_by_sizes() -> None:
+    parallel_state.initialize_model_parallel()
+    try:
+        parallel_state.initialize_model_parallel(tensor_parallel_size=1, rank=0)
+        assert parallel_state.get_grid() == RankGrid()
+        for axis, size in (("tp", "tensor"), ("sp", "sequence"), ("pp", "pipeline"), ("cfg", "cfg"), ("dp", "data")):
+            with pytest.raises(ConfigError, match=rf"cannot also be rank 1 of RankGrid\(.*{axis}=2.*\)"):
+                parallel_state.initialize_model_parallel(**{f"{size}_parallel_size": 2}, rank=1)
+        parallel_state.destroy_parallel()
+    finally:
+        parallel_state.destroy_parallel()
+    with pytest.raises(ConfigError, match="2 ranks need an init_method"):
+        parallel_state.initialize_model_parallel(tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="data_parallel_size=0: must be at least 1"):
+        parallel_state.initialize_model_parallel(data_parallel_size=0)
+
+
 def test_refused() -> None:
     config = DiffusionParallelConfig(tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="rank=2: the parallel sizes make 2 ranks"):

@@ -116,6 +116,38 @@ def init_parallel(
         _state = _start(grid, rank, local_rank, init_method, backend, timeout_s, device)
 
 
+def initialize_model_parallel(
+    data_parallel_size: int = 1,
+    cfg_parallel_size: int = 1,
+    sequence_parallel_size: int = 1,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    **place: Any,
+) -> None:
+    """``init_parallel`` by sizes alone, for code that runs a transformer or a pipeline without an engine around it.
+
+    Args:
+        data_parallel_size: copies.
+        cfg_parallel_size: ranks that share the branches of classifier-free guidance.
+        sequence_parallel_size: ranks that share the sequence.
+        tensor_parallel_size: ranks that share the weight matrices.
+        pipeline_parallel_size: ranks that share the blocks.
+        **place: ``rank``, ``local_rank``, ``init_method``, ``backend``, ``timeout_s``, as ``init_parallel`` takes them;
+            one rank needs none.
+
+    Raises:
+        ConfigError: as ``init_parallel``; a size below 1.
+    """
+    config = DiffusionParallelConfig(
+        data_parallel_size=data_parallel_size,
+        cfg_parallel_size=cfg_parallel_size,
+        sequence_parallel_size=sequence_parallel_size,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+    )
+    init_parallel(config, **place)
+
+
 def _start(
     grid: RankGrid,
     rank: int,
