@@ -114,6 +114,16 @@ class OmniRequestOutput:
         """Prompt tokens that the prefix cache gave (autoregressive stages)."""
         return self._vllm().num_cached_tokens if self.is_pipeline_output else None
 
+    @property
+    def encoder_prompt_token_ids(self) -> list[int] | None:
+        """Token ids of the encoder's prompt (autoregressive stages of encoder-decoder models)."""
+        return self._vllm().encoder_prompt_token_ids if self.is_pipeline_output else None
+
+    @property
+    def kv_transfer_params(self) -> dict[str, Any] | None:
+        """What another engine needs to take over the KV cache (autoregressive stages)."""
+        return self._vllm().kv_transfer_params if self.is_pipeline_output else None
+
     def _vllm(self) -> RequestOutput:
         assert self.request_output is not None
         assert not isinstance(self.request_output, list)
