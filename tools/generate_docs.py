@@ -4,7 +4,7 @@
 import argparse
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +60,7 @@ def kind_of(hint: Any) -> str:
         return " or ".join(kind_of(option) for option in options)
     if hint in (int, float, str, bool):
         return {int: "whole number", float: "number", str: "text", bool: "yes/no"}[hint]
-    return "list" if typing.get_origin(hint) in (list, tuple) else "mapping"
+    return "list" if typing.get_origin(hint) in (list, tuple, Sequence) else "mapping"
 
 
 def option_table(group: FlagGroup) -> str:

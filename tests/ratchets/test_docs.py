@@ -26,6 +26,7 @@ OTHER_PROGRAMS = {
     "mkdocs",
     "pre-commit",
     "cat",
+    "curl",
     "echo",
     "mkdir",
     "ruff",

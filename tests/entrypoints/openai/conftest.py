@@ -15,7 +15,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Draws without a model; needs a key."""
     path = picture_stages(tmp_path_factory.mktemp("pictures"))
     server = Server(
-        *("--stage-configs-path", path, "--served-model-name", "painter,old-painter", "--omni", "--model", "none"),
+        *("--stage-configs-path", path, "--served-model-name", "painter,old-painter,flux", "--omni", "--model", "none"),
         *("--max-queue", "8", "--max-body-bytes", "100000", "--max-generated-image-size", "65536"),
         *("--body-timeout", "2", "--allowed-origins", "http://page.example"),
         api_key="sk-secret-of-the-test",

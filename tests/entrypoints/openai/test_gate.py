@@ -19,7 +19,7 @@ PATH = "/v1/images/generations"
 
 def test_models(pictures: Server) -> None:
     names = [model.id for model in pictures.openai.models.list()]
-    assert names == ["painter", "old-painter"]
+    assert names == ["painter", "old-painter", "flux"]
     assert pictures.openai.models.retrieve("old-painter").owned_by == "vllm-omni"
     with pytest.raises(openai.NotFoundError):
         pictures.openai.models.retrieve("other")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("flux")
     make_tiny_model("flux", folder / "model", seed=0)
     profiles = {"VLLM_TORCH_PROFILER_DIR": str(folder / "profiles")}
-    server = Server(str(folder / "model"), "--served-model-name", "flux", "--default-seed", "1", **profiles)
+    server = Server(
+        str(folder / "model"), "--served-model-name", "flux", "--distributed-executor-backend", "mp", **profiles
+    )
     yield server
     assert server.stop() == 0, server.log
 
@@ -90,6 +93,20 @@ def test_profile(flux: Server) -> None:
     assert files["0"]
     for name in files["0"]:
         assert Path(name).stat().st_size > 0
+
+
+def test_kill_of_a_rank(flux: Server) -> None:
+    """The last test of this server: the rank's death is seen while nothing runs."""
+    victims = [child for child in flux.children() if "rank" in child.name()]
+    assert len(victims) == 1, flux.children()
+    victims[0].kill()
+    begun = time.monotonic()
+    while (answer := flux.http.get("/health")).status_code == 200:
+        assert time.monotonic() - begun < 1.0
+    assert answer.status_code == 503
+    assert "rank" in error_of(answer)["message"]
+    assert flux.http.get("/ready").status_code == 503
+    assert flux.post(PATH, {"prompt": "x", "size": "64x64"}).status_code == 503
 
 
 def test_refusals_and_errors_are_counted(pictures: Server) -> None:

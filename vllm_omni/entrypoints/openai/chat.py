@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request, Response
 from vllm_omni.config.stage import StageConfig
 from vllm_omni.entrypoints.openai.chat_pictures import chat_with_pictures
 from vllm_omni.entrypoints.openai.chat_protocol import PICTURE_FIELDS, ChatCompletionRequest
-from vllm_omni.entrypoints.openai.chat_render import render, sampling_params, text_params
+from vllm_omni.entrypoints.openai.chat_render import check_listed, render, sampling_params, text_params
 from vllm_omni.entrypoints.openai.health import service_of
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.sound import encode_sound, pcm16, samples_of
@@ -108,18 +108,25 @@ def params_of(service: Service, body: ChatCompletionRequest) -> list[OmniSamplin
         )
     out: list[OmniSamplingParams] = []
     for i, (stage, row) in enumerate(zip(stages, rows, strict=True)):
-        values = {**stage.default_sampling_params, **row}
-        if i == 0:
-            out.append(text_params(values, body))
-        else:
-            out.append(_stage_params(stage, values, f"sampling_params_list.{i}"))
+        out.append(_stage_params(i, stage, row, body))
     return out
 
 
-def _stage_params(stage: StageConfig, values: Mapping[str, Any], where: str) -> OmniSamplingParams:
+def _stage_params(
+    i: int, stage: StageConfig, row: Mapping[str, Any], body: ChatCompletionRequest
+) -> OmniSamplingParams:
+    where, defaults = f"sampling_params_list.{i}", stage.default_sampling_params
     if stage.stage_type == "diffusion":
-        return OmniDiffusionSamplingParams.from_kwargs(values)
-    params: OmniSamplingParams = sampling_params(values, stream=False, field=where)
+        if row:
+            raise RequestError(f"{where}: stage {stage.stage_id} makes pictures and takes none here", field=where)
+        return OmniDiffusionSamplingParams.from_kwargs(defaults)
+    check_listed(row, defaults, where)
+    values = {**defaults, **row}
+    if row.get("extra_args"):
+        values["extra_args"] = {**defaults.get("extra_args", {}), **row["extra_args"]}
+    params: OmniSamplingParams = (
+        text_params(values, body) if i == 0 else sampling_params(values, stream=False, field=where)
+    )
     return params
 
 

@@ -7,10 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm_omni.config.schema import nearest
 from vllm_omni.entrypoints.openai.args import ServeArgs
-from vllm_omni.entrypoints.openai.chat_protocol import TEXT_FIELDS, ChatCompletionRequest, Message
+from vllm_omni.entrypoints.openai.chat_protocol import MAX_TEXT, TEXT_FIELDS, ChatCompletionRequest, Message
 from vllm_omni.entrypoints.openai.media import Kind, check_media, from_base64, load_media
-from vllm_omni.errors import RequestError
+from vllm_omni.errors import RequestError, TooLargeError
 from vllm_omni.inputs.data import OmniTextPrompt
 
 _URLS: dict[str, Kind] = {"image_url": "image", "audio_url": "audio", "video_url": "video"}
@@ -40,7 +41,15 @@ def render(renderer: Any, messages: Sequence[Message], args: ServeArgs) -> OmniT
     return prompt
 
 
+def _text_length(message: Message) -> int:
+    if isinstance(message.content, str):
+        return len(message.content)
+    return sum(len(part["text"]) for part in message.content if isinstance(part.get("text"), str))
+
+
 def _turns(messages: Sequence[Message], args: ServeArgs) -> list[dict[str, Any]]:
+    if sum(map(_text_length, messages)) > MAX_TEXT:
+        raise TooLargeError(f"messages: more than {MAX_TEXT} characters of text", field="messages")
     turns, media = [], 0
     for i, message in enumerate(messages):
         turn: dict[str, Any] = {"role": message.role, "content": message.content}
@@ -101,6 +110,35 @@ def text_params(defaults: Mapping[str, Any], body: ChatCompletionRequest) -> Any
     if structured is not None:
         given["structured_outputs"] = structured
     return sampling_params({**defaults, **given}, stream=body.stream)
+
+
+_LISTED = frozenset({*TEXT_FIELDS, "max_tokens", "seed", "stop_token_ids", "extra_args"})
+"""What ``sampling_params_list`` may set: these and no other fields of vLLM's are for clients to decide."""
+
+
+def check_listed(row: Mapping[str, Any], defaults: Mapping[str, Any], field: str) -> None:
+    """Check an entry of ``sampling_params_list``. A wrong type must not reach an engine: it would end it.
+
+    Raises:
+        RequestError: an unknown name or a wrong type.
+    """
+    import msgspec
+    from vllm.exceptions import VLLMClientError
+    from vllm.sampling_params import SamplingParams
+
+    for name in row:
+        if name not in _LISTED:
+            raise RequestError(f"{field}: {name}{nearest(name, _LISTED)}", field=field)
+    try:
+        msgspec.convert(dict(row), SamplingParams)
+    except (VLLMClientError, msgspec.ValidationError, TypeError, ValueError) as error:
+        raise RequestError(f"{field}: {error}", field=field) from error
+    known = defaults.get("extra_args") or {}
+    for name, value in (row.get("extra_args") or {}).items():
+        if name not in known:
+            raise RequestError(f"{field}: extra_args: {name!r} is not read by the stage", field=field)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise RequestError(f"{field}: extra_args: {name}: expected a number", field=field)
 
 
 def sampling_params(values: Mapping[str, Any], stream: bool, field: str = "sampling_params") -> Any:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import importlib
 import io
 import ipaddress
 import socket
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import httpx
@@ -151,6 +152,19 @@ def _address(host: str, port: int, field: str, private: bool) -> str:
 # ---------------------------------------------------------------- what is inside
 
 
+def optional(library: str, field: str) -> Any:
+    """A library of the extra ``media``.
+
+    Raises:
+        RequestError: it is not installed on the server.
+    """
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        text = f'{field}: the server lacks {library} for this; pip install "vllm-omni[media]" brings it'
+        raise RequestError(text, field=field) from error
+
+
 def check_media(data: bytes, kind: Kind, field: str, args: ServeArgs) -> None:
     """Check what a medium grows to when it is decoded, by its header.
 
@@ -182,7 +196,7 @@ def _check_image(data: bytes, field: str, limit: int) -> None:
 
 
 def _check_audio(data: bytes, field: str, limit: float) -> None:
-    import soundfile
+    soundfile = optional("soundfile", field)
 
     try:
         info = soundfile.info(io.BytesIO(data))
@@ -196,7 +210,7 @@ def _check_audio(data: bytes, field: str, limit: float) -> None:
 
 
 def _check_video(data: bytes, field: str, args: ServeArgs) -> None:
-    import av
+    av = optional("av", field)
 
     try:
         with av.open(io.BytesIO(data)) as container:

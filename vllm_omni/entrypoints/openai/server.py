@@ -70,6 +70,7 @@ def _serve(args: ServeArgs, omni: AsyncOmni, sock: socket.socket) -> None:
     host, port = sock.getsockname()[:2]
     scheme = "http" if args.ssl_certfile is None else "https"
     shown = f"[{host}]" if ":" in host else host
+    sock.listen(BACKLOG)  # from here on clients wait instead of being refused
     logger.info("serving %s on %s://%s:%d", service.name, scheme, shown, port)
     _Server(config, service).run(sockets=[sock])
 

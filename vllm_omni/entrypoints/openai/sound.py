@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vllm_omni.entrypoints.openai.media import optional
 from vllm_omni.errors import StageError
 
 Samples = npt.NDArray[np.float32]
@@ -54,10 +55,9 @@ def encode_sound(samples: Samples, rate: int, form: str) -> bytes:
     if form == "wav":
         data = pcm16(samples)
         return wav_head(rate, len(data)) + data
-    import soundfile
-
+    soundfile = optional("soundfile", "response_format")
     out = io.BytesIO()
     kind, coding = {"flac": ("FLAC", "PCM_16"), "mp3": ("MP3", None), "opus": ("OGG", "OPUS")}[form]
-    data = np.frombuffer(pcm16(samples), "<i2") if form == "flac" else samples
-    soundfile.write(out, data, rate, format=kind, subtype=coding)
+    exact = np.frombuffer(pcm16(samples), "<i2") if form == "flac" else samples
+    soundfile.write(out, exact, rate, format=kind, subtype=coding)
     return out.getvalue()
