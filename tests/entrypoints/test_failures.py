@@ -187,7 +187,7 @@ async def test_a_deadline_names_stage_and_phase(start: Start) -> None:
     await asyncio.gather(blocker, return_exceptions=True)
     (output,) = await collect(engine, ask(), timeout=20)
     assert trace(output) == [0, 1]
-    with pytest.raises(RequestError, match="timeout=0: must be above 0"):
+    with pytest.raises(RequestError, match="timeout=0: must be a number above 0"):
         await collect(engine, ask(), timeout=0)
 
 

@@ -3,8 +3,8 @@
 The main thread owns the socket and drives the ``StageEngine``: it takes every message that has arrived (and waits in
 the kernel when the engine has no work), hands them to the engine, lets it do one step and sends what came of it. A
 second thread sleeps in the kernel until the driver's end of the socket closes and then ends the process, whatever the
-main thread is doing (``process.watch_lifeline`` on the socket itself); PR_SET_PDEATHSIG does the same where it can.
-Nothing polls.
+main thread is doing (as ``process.watch_lifeline`` does, but without reading from the socket, which is the main
+thread's to do); PR_SET_PDEATHSIG does the same where it can. Nothing polls.
 
 The process is started by ``exec`` of a fresh interpreter, not by fork and not by ``multiprocessing``: a user's script
 needs no ``__main__`` guard, and a stage without torch costs a tenth of a second.
@@ -30,7 +30,7 @@ from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine import messages as m
 from vllm_omni.engine.stage_engine import StageChunk, StageEngine, StageEvent, StageInput, StageProgress
 from vllm_omni.errors import ConfigError, OmniError, StageError
-from vllm_omni.process import die_with_parent
+from vllm_omni.process import die_with_parent, name_process
 
 
 class _Channel:
@@ -184,13 +184,6 @@ def _watch_driver(sock: socket.socket, state: dict[str, bool]) -> None:
     threading.Thread(target=watch, name="driver-watch", daemon=True).start()
 
 
-def _name_process(name: str) -> None:
-    """For ``ps``, ``top`` and log lines."""
-    process.current_process().name = name
-    with open("/proc/self/comm", "w") as comm:
-        comm.write(f"omni-{name}"[:15])
-
-
 def load_class(qualified_name: str) -> Any:
     """The class named ``module.Class``.
 
@@ -233,7 +226,8 @@ def stage_main(fd: int, parent_pid: int) -> int:
         return 1
     start, payload = first[0]
     assert isinstance(start, m.Start)
-    _name_process(f"stage-{start.stage_id}")
+    name_process(f"omni-stage-{start.stage_id}")
+    process.current_process().name = f"stage-{start.stage_id}"  # for log lines
     arena = Arena()
     codec = Codec(arena, start.threshold)
 
