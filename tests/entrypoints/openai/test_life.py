@@ -45,9 +45,17 @@ def test_kill_of_an_idle_stage(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
-def test_kill_while_a_request_runs(tmp_path: Path) -> None:
-    server = Server("--stage-configs-path", picture_stages(tmp_path), "--model", "none")
+def test_deadline_and_kill_while_a_request_runs(tmp_path: Path) -> None:
+    server = Server("--stage-configs-path", picture_stages(tmp_path), "--model", "none", "--request-timeout", "1")
     try:
+        for stream in (False, True):
+            answer = server.post(PATH, {"prompt": "slow slow", "stream": stream})
+            assert answer.status_code == 200
+            late = server.post(PATH, {"prompt": "hang", "stream": stream})
+            if stream:  # has begun: the error is its last event
+                assert late.text.rstrip().splitlines()[-1].startswith('data: {"error"')
+            else:
+                assert (late.status_code, error_of(late)["type"]) == (504, "server_error")
         answer = server.post(PATH, {"prompt": "kill"})
         assert (answer.status_code, error_of(answer)["type"]) == (503, "server_error")
         within_a_second(server)
