@@ -16,7 +16,7 @@ from vllm_omni.version import __version__
 
 router = APIRouter()
 
-_PARAMETERS = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "seed", "n")
+_PARAMETERS = ("negative_prompt", "num_inference_steps", "guidance_scale", "true_cfg_scale", "seed", "n")
 _BOUNDS = ("minimum", "maximum", "maxLength", "enum")
 _SHOWN_FACTS = ("device", "dtype")
 

@@ -2,10 +2,10 @@
 import { byId, el } from "./dom.js";
 
 const LABELS = {
-  num_inference_steps: ["Steps", ""],
-  guidance_scale: ["Guidance", ""],
-  true_cfg_scale: ["Guidance (CFG)", "with negative prompt"],
-  n: ["Pictures", ""],
+  num_inference_steps: "Steps",
+  guidance_scale: "Guidance",
+  true_cfg_scale: "Guidance (CFG)",
+  n: "Pictures",
 };
 const SHAPES = [[1, 1], [4, 3], [3, 4], [16, 9], [9, 16]];
 const WHOLE = new Set(["num_inference_steps", "n"]);
@@ -21,6 +21,7 @@ export function build(name, image) {
   facts = image;
   const numbers = Object.keys(LABELS).filter((key) => key in image.parameters);
   byId("numbers").prepend(...numbers.map((key) => numberField(key, image.parameters[key])));
+  byId("negative_prompt").placeholder = image.parameters.negative_prompt.default?.trim() || "What it should not show";
   byId("output_format").replaceChildren(...image.output_formats.map((format) => el("option", {}, format)));
   buildSize(image.size);
   byId("swap").addEventListener("click", () => setSize(byId("height").value, byId("width").value));
@@ -48,7 +49,8 @@ function set(id, value) {
 }
 
 function numberField(key, { default: initial, minimum, maximum }) {
-  const [label, hint] = LABELS[key];
+  const label = LABELS[key];
+  const hint = key === "true_cfg_scale" && facts.parameters.negative_prompt.default === null ? "with negative prompt" : "";
   const step = WHOLE.has(key) ? 1 : 0.1;
   const input = el("input", { id: key, inputMode: step === 1 ? "numeric" : "decimal", autocomplete: "off" });
   const bounded = key !== "n" && minimum !== undefined && maximum !== undefined;
@@ -160,7 +162,7 @@ export function fill(body, seed) {
   clearErrors();
   const [width, height] = (body.size ?? "x").split("x");
   const given = { negative_prompt: "", output_format: "png", ...body, width, height, seed: seed ?? "" };
-  for (const key of Object.keys(facts.parameters)) if (key !== "seed") given[key] = body[key] ?? byId(key).dataset.initial;
+  for (const key of Object.keys(facts.parameters)) if (key in LABELS) given[key] = body[key] ?? byId(key).dataset.initial;
   write(given);
   byId("prompt").focus();
 }

@@ -27,11 +27,11 @@ async function connect() {
     notice(`${info.model} makes ${info.output_modalities.join(" and ")}. This page draws pictures; the endpoints do the rest.`);
     return;
   }
-  byId("work").hidden = false;
   form.build(info.model, info.image);
   view.setStages(info.stages);
   const lasting = await runs.open(render);
   if (!lasting) notice("This browser keeps nothing for the page: the history ends with it.");
+  byId("work").hidden = false; // not before the history is there: requests are put on top of it
   byId("prompt").focus();
 }
 

@@ -3,6 +3,7 @@ import { byId, el, seconds } from "./dom.js";
 import * as timeline from "./timeline.js";
 
 const TINY = 256;
+const TINY_SHOWN = 384;
 const NAMES = {
   size: "size",
   num_inference_steps: "steps",
@@ -80,7 +81,7 @@ function finished(shown, seed) {
   if (byId("canvas").dataset.run !== shown.id || !byId("canvas").querySelector("img")) {
     const pictures = shown.blobs.map((blob) => {
       const image = el("img", { src: urlOf(blob), alt: shown.body.prompt, className: isTiny(shown) ? "tiny" : "" });
-      if (isTiny(shown)) image.width = TINY;
+      if (isTiny(shown)) image.width = TINY_SHOWN;
       return el("a", { href: urlOf(blob), target: "_blank", title: "Open in full size" }, image);
     });
     byId("canvas").replaceChildren(...pictures);
