@@ -92,10 +92,16 @@ def feature_names() -> list[str]:
     return [f.name for f in fields(ModelFeatures) if f.type == "bool"]
 
 
-def is_registered(od_config: OmniDiffusionConfig) -> bool:
-    """Whether the stage's checkpoint is of a known class; one for a custom pipeline need not be."""
+def _known_name(od_config: OmniDiffusionConfig) -> str | None:
+    """Pipeline class of the stage; None for a checkpoint of an unknown class that a custom pipeline is named for.
+
+    Raises:
+        ConfigError: not a known model, and no custom pipeline.
+    """
     name = od_config.model_class_name or model_class_name(model_folder(od_config.model, od_config.revision))
-    return name in _DIFFUSION_MODELS
+    if od_config.custom_pipeline_args and name not in _DIFFUSION_MODELS:
+        return None
+    return resolve_model_name(od_config)
 
 
 def resolve_model_name(od_config: OmniDiffusionConfig) -> str:
@@ -135,12 +141,14 @@ def get_diffusion_pre_process_func(od_config: OmniDiffusionConfig) -> Callable[.
 
 
 def check_features(od_config: OmniDiffusionConfig) -> None:
-    """Refuse what the stage's model does not support.
+    """Refuse what the stage's model does not support. Of a model that only a custom pipeline knows, nothing is known.
 
     Raises:
         ConfigError: names the model, the setting and its value.
     """
-    name = resolve_model_name(od_config)
+    name = _known_name(od_config)
+    if name is None:
+        return
     features = _FEATURES[name]
     for feature, field_name in _PARALLEL_FIELDS.items():
         value = getattr(od_config.parallel_config, field_name)
@@ -166,8 +174,8 @@ def _module(name: str) -> Any:
 
 
 def _process_func(od_config: OmniDiffusionConfig, table: dict[str, str]) -> Callable[..., Any] | None:
-    name = resolve_model_name(od_config)
-    if name not in table:
+    name = _known_name(od_config)
+    if name is None or name not in table:
         return None
     func: Callable[..., Any] = vars(_module(name))[table[name]](od_config)
     return func

@@ -18,6 +18,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 from tests.diffusion.parity import assert_same_latents, request, solo_run
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import DiffusionOutput, DiffusionParallelConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.distributed import parallel_state
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
@@ -99,6 +100,22 @@ class OutsidePipeline(nn.Module):
         return AutoWeightsLoader(self).load_weights(weights)
 
 
+class OutsidePictures(OutsidePipeline):
+    """The same, as pictures in [-1, 1]."""
+
+    def forward(self, req: OmniDiffusionRequest) -> DiffusionOutput:
+        return DiffusionOutput(super().forward(req).output[:, None].expand(-1, 3, -1, -1) - 1)
+
+
+class SourcesOfTheClass(OutsidePictures):
+    """Its ``weights_sources`` are no attribute of the instance."""
+
+    weights_sources = property(
+        lambda self: [DiffusersPipelineLoader.ComponentSource(self.folder, "transformer", None, "transformer.")],
+        lambda self, sources: setattr(self, "folder", sources[0].model_or_path),
+    )
+
+
 not_a_class = "text"
 
 
@@ -126,6 +143,23 @@ def test_out_of_tree_pipeline(outside_folder: Path) -> None:
     pipe = load_outside(outside_folder)
     out = pipe(OmniDiffusionRequest(["x"], OmniDiffusionSamplingParams(height=16))).output
     assert torch.allclose(out, torch.full((1, 16, 8), 1.5))
+
+
+@pytest.mark.parametrize("name", ["OutsidePictures", "SourcesOfTheClass"])
+def test_out_of_tree_pipeline_in_an_engine(outside_folder: Path, name: str) -> None:
+    """Of a checkpoint whose class no table knows."""
+    custom = {"pipeline_class": f"{HERE}.{name}"}
+    engine = DiffusionEngine(
+        OmniDiffusionConfig.from_kwargs(model=str(outside_folder), device="cpu", custom_pipeline_args=custom)
+    )
+    try:
+        request = OmniDiffusionRequest(["x"], OmniDiffusionSamplingParams(height=16, output_type="pt"))
+        (chunk,) = engine.generate([request])
+    finally:
+        engine.close()
+    assert torch.allclose(torch.as_tensor(chunk.data["images"][0]), torch.full((3, 16, 8), 0.75))
+    with pytest.raises(ConfigError, match="no diffusion model 'OutsidePipeline'"):
+        DiffusionEngine(OmniDiffusionConfig.from_kwargs(model=str(outside_folder), device="cpu"))
 
 
 def test_out_of_tree_pipeline_is_checked_too(outside_folder: Path) -> None:

@@ -46,8 +46,7 @@ class DiffusersPipelineLoader:
         """
         started = time.perf_counter()
         pipeline_class = self._pipeline_class()
-        if self.od_config.diffusion_load_format != "custom_pipeline" or registry.is_registered(self.od_config):
-            registry.check_features(self.od_config)
+        registry.check_features(self.od_config)
         pipeline = self._build(pipeline_class, device)
         if isinstance(pipeline, DiTPipeline):
             pipeline.defaults = checkpoint_defaults(pipeline.defaults, pipeline.folder)
@@ -88,7 +87,8 @@ class DiffusersPipelineLoader:
             torch.set_default_dtype(before)
 
     def _load(self, pipeline: Any, device: torch.device) -> None:
-        sources: list[common_weights.ComponentSource] = list(vars(pipeline).get("weights_sources", []))
+        # Of the instance, or of the class; not every pipeline has it.
+        sources = list(pipeline.weights_sources) if "weights_sources" in dir(pipeline) else []
         if not sources:
             return
         names: list[str] = []
