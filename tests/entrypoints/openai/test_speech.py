@@ -91,6 +91,8 @@ def test_events(omni_server: Server, whole: Any) -> None:
         ({"speed": 2}, "speed", 400),
         ({"ref_audio": "file:///etc/passwd"}, "ref_audio", 400),
         ({"model": "tts-1"}, "model", 404),
+        ({"max_new_tokens": 1}, "input", 400),
+        ({"max_new_tokens": 1, "stream": True}, "input", 400),
     ],
 )
 def test_wrong_field(omni_server: Server, change: dict[str, Any], param: str, status: int) -> None:

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm_omni.entrypoints.openai.images import Seed
 
 MAX_TEXT = 1_000_000
+MAX_INT = 2**31 - 1
+"""Engines keep these numbers in 32 bits; a larger one would end them."""
 
 
 class _Body(BaseModel):
@@ -61,8 +63,8 @@ class ChatCompletionRequest(_Body):
     audio: AudioOptions | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_completion_tokens: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -75,10 +77,10 @@ class ChatCompletionRequest(_Body):
     n: Literal[1] | None = None
     user: str | None = Field(None, max_length=256)
 
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, le=MAX_INT)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=2)
-    min_tokens: int | None = Field(None, ge=0)
+    min_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     ignore_eos: bool | None = None
     sampling_params_list: list[dict[str, Any]] | None = None
     size: str | None = Field(None, max_length=16)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_omni.config.schema import nearest
 from vllm_omni.entrypoints.openai.args import ServeArgs
-from vllm_omni.entrypoints.openai.chat_protocol import MAX_TEXT, TEXT_FIELDS, ChatCompletionRequest, Message
+from vllm_omni.entrypoints.openai.chat_protocol import MAX_INT, MAX_TEXT, TEXT_FIELDS, ChatCompletionRequest, Message
 from vllm_omni.entrypoints.openai.media import Kind, check_media, from_base64, load_media
 from vllm_omni.errors import RequestError, TooLargeError
 from vllm_omni.inputs.data import OmniTextPrompt
@@ -112,7 +112,7 @@ def text_params(defaults: Mapping[str, Any], body: ChatCompletionRequest) -> Any
     return sampling_params({**defaults, **given}, stream=body.stream)
 
 
-_LISTED = frozenset({*TEXT_FIELDS, "max_tokens", "seed", "stop_token_ids", "extra_args"})
+_LISTED = frozenset({*TEXT_FIELDS, "max_tokens", "seed", "extra_args"})
 """What ``sampling_params_list`` may set: these and no other fields of vLLM's are for clients to decide."""
 
 
@@ -129,6 +129,8 @@ def check_listed(row: Mapping[str, Any], defaults: Mapping[str, Any], field: str
     for name in row:
         if name not in _LISTED:
             raise RequestError(f"{field}: {name}{nearest(name, _LISTED)}", field=field)
+        if isinstance(row[name], int) and abs(row[name]) > (MAX_INT if name != "seed" else 2**63 - 1):
+            raise RequestError(f"{field}: {name}: the number is too large", field=field)
     try:
         msgspec.convert(dict(row), SamplingParams)
     except (VLLMClientError, msgspec.ValidationError, TypeError, ValueError) as error:

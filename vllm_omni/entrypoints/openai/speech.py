@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from vllm_omni.entrypoints.openai.chat import params_of
-from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest
+from vllm_omni.entrypoints.openai.chat_protocol import MAX_INT, ChatCompletionRequest
 from vllm_omni.entrypoints.openai.chat_render import render
 from vllm_omni.entrypoints.openai.health import service_of
 from vllm_omni.entrypoints.openai.images import Seed
@@ -24,7 +24,7 @@ from vllm_omni.entrypoints.openai.sound import CONTENT_TYPES, encode_sound, pcm1
 from vllm_omni.entrypoints.openai.streaming import sse, streamed, while_connected
 from vllm_omni.entrypoints.openai.voices import pick_voice
 from vllm_omni.entrypoints.results import join
-from vllm_omni.errors import RequestError, StageError
+from vllm_omni.errors import RequestError
 from vllm_omni.outputs import OmniRequestOutput
 
 router = APIRouter()
@@ -45,7 +45,9 @@ class SpeechRequest(BaseModel):
     speed: float = Field(1, ge=1, le=1, description="The model decides how fast it speaks; only 1 is possible.")
     stream: bool = Field(False, description="Send the sound as it is made (wav and pcm).")
     stream_format: Literal["audio", "sse"] | None = Field(None, description="As stream=true; sse: as events.")
-    max_new_tokens: int | None = Field(None, ge=1, description="Length of the text that is spoken, in tokens.")
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=MAX_INT, description="Length of the text that is spoken, in tokens."
+    )
     seed: Seed | None = None
 
 
@@ -91,10 +93,15 @@ async def _prepared(service: Service, body: SpeechRequest, voice: str | None) ->
     return prompt, params_of(service, chat), ["audio"]
 
 
+def _silent() -> RequestError:
+    """The answer was over before there was a word to speak."""
+    return RequestError("the model had nothing to say to this input", field="input", code="no_speech")
+
+
 def _whole(outputs: list[OmniRequestOutput], form: str) -> bytes:
     spoken = [output for output in join(outputs) if output.multimodal_output]
     if not spoken:
-        raise StageError("the model said nothing")
+        raise _silent()
     samples, rate = samples_of(spoken[0].multimodal_output)
     return encode_sound(samples, rate, form)
 
@@ -112,7 +119,7 @@ async def _sound(service: Service, body: SpeechRequest, run: tuple[Any, Any, lis
                 begun = True
                 yield head + pcm16(samples)
     if not begun:
-        raise StageError("the model said nothing")
+        raise _silent()
 
 
 async def _events(
