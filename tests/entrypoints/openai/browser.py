@@ -21,6 +21,9 @@ _FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--autoplay-policy=no-user-gesture-required",
+    "--use-fake-device-for-media-stream",  # a test tone for a microphone
+    "--use-fake-ui-for-media-stream",
 )
 
 

@@ -34,7 +34,16 @@ async def info(request: Request) -> dict[str, Any]:
     }
     if "image" in service.makes:
         answer["image"] = _image(service)
+    if service.omni.renderer is not None:
+        answer["chat"] = _chat(service)
     return answer
+
+
+def _chat(service: Service) -> dict[str, Any]:
+    """What may stand in a message beside text, how many of each (null: any number), and who may speak the answer."""
+    processor = service.omni.renderer.mm_processor if service.omni.renderer is not None else None
+    inputs = {} if processor is None else dict(processor.info.supported_mm_limits)
+    return {"inputs": inputs, "speaks": "audio" in service.makes, "voices": service.voices}
 
 
 def _stage(stage: StageConfig, said: StageInfo) -> dict[str, Any]:

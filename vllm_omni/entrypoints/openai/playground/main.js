@@ -1,5 +1,6 @@
 // The page: asks the server what it serves, and ties form, requests, picture, history and code together.
 import { ApiError, get, hasKey, setKey } from "./api.js";
+import * as chat from "./chat.js";
 import { announce, byId, copyText } from "./dom.js";
 import * as form from "./form.js";
 import * as runs from "./runs.js";
@@ -24,7 +25,8 @@ async function connect() {
   byId("stages").textContent = info.stages.map(described).join("  \u2192  ");
   document.title = `${info.model} \u00b7 vllm-omni`;
   if (info.image === undefined) {
-    notice(`${info.model} makes ${info.output_modalities.join(" and ")}. This page draws pictures; the endpoints do the rest.`);
+    if (info.chat !== undefined) chat.open(info.model, info.chat);
+    else notice(`${info.model} makes ${info.output_modalities.join(" and ")}; this page draws and chats.`);
     return;
   }
   form.build(info.model, info.image);
@@ -36,7 +38,8 @@ async function connect() {
 }
 
 function described(stage) {
-  const parts = [stage.name, stage.device, stage.dtype?.replace("torch.", ""), stage.ranks > 1 ? `${stage.ranks} ranks` : ""];
+  const name = stage.name.replace("ForConditionalGeneration", "");
+  const parts = [name, stage.device, stage.dtype?.replace("torch.", ""), stage.ranks > 1 ? `${stage.ranks} ranks` : ""];
   return parts.filter(Boolean).join(" ");
 }
 
