@@ -82,7 +82,6 @@ def test_every_command_has_a_module_that_registers_it() -> None:
         (("config", "shwo"), "show"),
         (("tiny-model",), "family"),
         (("tiny-model", "flex", "x"), "there are flux"),
-        (("config", "show"), "model is missing"),
         (("config", "show", "--model", "no/such-model"), "neither a folder nor"),
         (("config", "show", "--stage-configs-path", "missing.yaml"), "missing.yaml"),
     ],
@@ -97,10 +96,16 @@ def test_errors_are_one_line(cli, arguments: tuple[str, ...], message: str) -> N
 
 
 def test_traceback_on_demand() -> None:
-    command = [sys.executable, "-m", "vllm_omni", "config", "show", "--traceback"]
+    command = [sys.executable, "-m", "vllm_omni", "config", "show", "--model", "no/such-model", "--traceback"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert "Traceback" in done.stderr
-    assert "ConfigError: model is missing" in done.stderr
+    assert "ConfigError: model='no/such-model'" in done.stderr
+
+
+def test_without_a_model_it_is_the_package_s(cli) -> None:  # type: ignore[no-untyped-def]
+    status, out, _ = cli("config", "show", "--json")
+    assert status == 0
+    assert "default_model" in out
 
 
 def test_models_lists_the_registry(cli) -> None:  # type: ignore[no-untyped-def]
