@@ -27,6 +27,15 @@ def two_ranks(**kwargs) -> DiffusionEngine:
     return DiffusionEngine(fake_config(cfg_parallel_size=2, max_num_seqs=4, **kwargs))
 
 
+def death_of(engine: DiffusionEngine) -> str | None:
+    """What ``check_health`` says, None when it says nothing."""
+    try:
+        engine.check_health()
+    except StageDeadError as error:
+        return error.message
+    return None
+
+
 @pytest.fixture(scope="module")
 def engine() -> Iterator[DiffusionEngine]:
     """Shared by the tests; in the end a rank is killed while idle, which makes the stage unhealthy within a second."""
@@ -35,9 +44,8 @@ def engine() -> Iterator[DiffusionEngine]:
     pids = engine.info().pids
     engine.check_health()
     os.kill(pids[1], signal.SIGKILL)
-    wait_until(lambda: not alive(pids[1]), 1.0)
-    with pytest.raises(StageDeadError, match="killed by signal 9"):
-        engine.check_health()
+    # The first thread of a process can be gone while others still hold its files: ask for what counts.
+    wait_until(lambda: (death_of(engine) or "").find("killed by signal 9") >= 0, 1.0)
     engine.close()
     assert not any(alive(pid) for pid in pids)
 
