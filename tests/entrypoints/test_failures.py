@@ -52,13 +52,8 @@ async def states(engine: AsyncOmni) -> list[dict[str, Any]]:
 
 
 def children() -> list[psutil.Process]:
-    """Processes below this one, without multiprocessing's resource tracker, which another test's vLLM engine may have
-    started and which lives as long as pytest."""
-    return [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if not any("multiprocessing.resource_tracker" in word for word in child.cmdline())
-    ]
+    """Stages of this process. Servers that other tests share are not: they and their stages live as long as pytest."""
+    return [child for child in psutil.Process().children() if any("stage_process" in word for word in child.cmdline())]
 
 
 async def test_a_stage_fails_one_request(start: Start) -> None:
