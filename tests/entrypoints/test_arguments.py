@@ -253,3 +253,16 @@ def test_shm_threshold_bytes(tmp_path: Path, threshold: int, shared: bool) -> No
 
 def test_every_argument_is_documented() -> None:
     assert set(field_docs(OmniArgs)) == set(OmniArgs.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "message"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs", r"^diffusion stage: max_num_seqs=0: must be at least 1$"),
+        ({"ray_address": "auto"}, "ray_address", r"^Omni\(\): ray_address='auto': "),
+    ],
+)
+def test_a_setting_out_of_range_is_named_alone(values: dict[str, Any], field: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve(values)
+    assert caught.value.details["field"] == field

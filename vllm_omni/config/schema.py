@@ -61,5 +61,8 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
+        own = first.get("ctx", {}).get("error")
+        if isinstance(own, ConfigError):  # raised by the dataclass itself: it names its field already
+            raise ConfigError(f"{where}: {own.message}", **own.details) from error
         path = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{where}: {path}={first.get('input')!r}: {first['msg']}", field=path) from error
