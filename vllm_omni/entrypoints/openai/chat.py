@@ -56,6 +56,10 @@ class Chat:
         """What every answer and chunk begins with."""
         return {"id": self.id, "object": kind, "created": self.created, "model": self.service.name}
 
+    def times(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """The times of the stages, for a request that asks for them."""
+        return {"metrics": metrics} if self.body.return_stage_metrics else {}
+
 
 @router.post("/v1/chat/completions")
 async def completions(body: ChatCompletionRequest, request: Request) -> Response:
@@ -148,7 +152,8 @@ def _answer(chat: Chat, outputs: Sequence[OmniRequestOutput]) -> bytes:
         "logprobs": _logprobs(chat, made),
     }
     usage = _usage(len(text.prompt_token_ids or ()), len(made.token_ids))
-    return json.dumps({**chat.head("chat.completion"), "choices": [choice], "usage": usage}).encode()
+    answer = {**chat.head("chat.completion"), "choices": [choice], "usage": usage, **chat.times(outputs[-1].metrics)}
+    return json.dumps(answer).encode()
 
 
 def _speech(chat: Chat, outputs: Sequence[OmniRequestOutput], text: str) -> dict[str, Any]:
@@ -196,15 +201,17 @@ def _logprob(entry: Any) -> dict[str, Any]:
 async def _chunks(chat: Chat) -> AsyncGenerator[bytes, None]:
     """Text and sound as they are made."""
     finish, prompt, completion = "stop", 0, 0
+    metrics: Mapping[str, Any] = {}
 
-    def chunk(delta: Mapping[str, Any], finish: str | None = None, logprobs: Any = None) -> bytes:
+    def chunk(delta: Mapping[str, Any], finish: str | None = None, logprobs: Any = None, **more: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
-        return sse({**chat.head("chat.completion.chunk"), "choices": [choice]})
+        return sse({**chat.head("chat.completion.chunk"), "choices": [choice], **more})
 
     with chat.service.admitted():
         async with aclosing(chat.service.stream(chat.prompt, chat.params, chat.modalities)) as outputs:
             begun = False
             async for output in outputs:
+                metrics = output.metrics
                 if not begun:
                     yield chunk({"role": "assistant", "content": "" if not chat.speaks else None})
                     begun = True
@@ -219,7 +226,7 @@ async def _chunks(chat: Chat) -> AsyncGenerator[bytes, None]:
                     yield chunk({"audio": {"id": _audio_id(chat), "data": data}})
     if chat.speaks:
         yield chunk({"audio": {"id": _audio_id(chat), "expires_at": chat.created + AUDIO_LIFE_S}})
-    yield chunk({}, finish)
+    yield chunk({}, finish, **chat.times(metrics))
     if chat.body.stream_options is not None and chat.body.stream_options.include_usage:
         yield sse({**chat.head("chat.completion.chunk"), "choices": [], "usage": _usage(prompt, completion)})
     yield DONE

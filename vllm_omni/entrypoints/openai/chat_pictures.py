@@ -72,7 +72,8 @@ async def chat_with_pictures(service: Service, body: ChatCompletionRequest, requ
     if body.stream:
         return await streamed(request, _chunks(service, body, prompt, params), service.args.send_timeout)
     outputs = await while_connected(request.receive, service.collect(prompt, params, ["image"]))
-    return Response(await service.aside(_answer, service.name, outputs), media_type="application/json")
+    data = await service.aside(_answer, service.name, outputs, body.return_stage_metrics)
+    return Response(data, media_type="application/json")
 
 
 def _parts(outputs: Sequence[OmniRequestOutput]) -> list[dict[str, Any]]:
@@ -80,7 +81,7 @@ def _parts(outputs: Sequence[OmniRequestOutput]) -> list[dict[str, Any]]:
     return [{"type": "image_url", "image_url": {"url": url}} for url in urls]
 
 
-def _answer(model: str, outputs: Sequence[OmniRequestOutput]) -> bytes:
+def _answer(model: str, outputs: Sequence[OmniRequestOutput], with_metrics: bool) -> bytes:
     message = {"role": "assistant", "content": _parts(outputs), "refusal": None}
     answer = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -90,7 +91,9 @@ def _answer(model: str, outputs: Sequence[OmniRequestOutput]) -> bytes:
         "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
         "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
     }
-    return json.dumps(answer).encode()
+    if with_metrics:
+        answer["metrics"] = outputs[-1].metrics
+    return json.dumps(answer, default=str).encode()
 
 
 async def _chunks(
@@ -102,6 +105,7 @@ async def _chunks(
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         return sse({**head, "model": service.name, "choices": [choice], **more})
 
+    metrics: dict[str, Any] = {}
     with service.admitted():
         role: dict[str, Any] = {"role": "assistant"}
         async with aclosing(with_progress(service, prompt, params)) as events:
@@ -110,9 +114,10 @@ async def _chunks(
                     stage_id, step, total = event
                     yield chunk(role, progress={"stage_id": stage_id, "step": step, "total": total})
                 else:
+                    metrics = json.loads(json.dumps(event.metrics, default=str))  # a custom pipeline's may be anything
                     yield chunk({**role, "content": await service.aside(_parts, [event])})
                 role = {}
-    yield chunk({}, "stop")
+    yield chunk({}, "stop", **({"metrics": metrics} if body.return_stage_metrics else {}))
     if body.stream_options is not None and body.stream_options.include_usage:
         usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
         yield sse({**head, "model": service.name, "choices": [], "usage": usage})

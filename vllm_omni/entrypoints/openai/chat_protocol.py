@@ -91,6 +91,7 @@ class ChatCompletionRequest(_Body):
     true_cfg_scale: float | None = Field(None, ge=0, le=20)
     negative_prompt: str | None = Field(None, max_length=32_000)
     num_outputs_per_prompt: int | None = Field(None, ge=1, le=10)
+    return_stage_metrics: bool = Field(False, description="Add times by stage to the answer; a stream's: to its end.")
 
 
 PICTURE_FIELDS = (

@@ -49,6 +49,7 @@ class SpeechRequest(BaseModel):
         None, ge=1, le=MAX_INT, description="Length of the text that is spoken, in tokens."
     )
     seed: Seed | None = None
+    return_stage_metrics: bool = Field(False, description="Add times by stage to the last event (stream_format sse).")
 
 
 @router.get("/v1/audio/voices")
@@ -68,12 +69,14 @@ async def speech(body: SpeechRequest, request: Request) -> Response:
     streams = body.stream or body.stream_format is not None
     if streams and body.response_format not in ("wav", "pcm"):
         raise RequestError("response_format: a stream's is wav or pcm", field="response_format")
+    if body.return_stage_metrics and body.stream_format != "sse":
+        raise RequestError('return_stage_metrics: needs stream_format="sse"', field="return_stage_metrics")
     voice = pick_voice(body.voice, service.voices, "voice")
     run = await _prepared(service, body, voice)
     if streams:
         as_events = body.stream_format == "sse"
         kind = "text/event-stream" if as_events else CONTENT_TYPES[body.response_format]
-        pieces = _events(service, body, run) if as_events else _sound(service, body, run)
+        pieces = _events(service, body, run) if as_events else _sound(service, body, run, {})
         return await streamed(request, pieces, service.args.send_timeout, kind, *(() if as_events else (None,)))
     outputs = await while_connected(request.receive, service.collect(*run))
     data = await service.aside(_whole, outputs, body.response_format)
@@ -106,12 +109,15 @@ def _whole(outputs: list[OmniRequestOutput], form: str) -> bytes:
     return encode_sound(samples, rate, form)
 
 
-async def _sound(service: Service, body: SpeechRequest, run: tuple[Any, Any, list[str]]) -> AsyncGenerator[bytes, None]:
-    """The file, piece by piece; a wav's head says no length."""
+async def _sound(
+    service: Service, body: SpeechRequest, run: tuple[Any, Any, list[str]], metrics: dict[str, Any]
+) -> AsyncGenerator[bytes, None]:
+    """The file, piece by piece; a wav's head says no length. ``metrics`` gets the times of the stages."""
     begun = False
     with service.admitted():
         async with aclosing(service.stream(*run)) as outputs:
             async for output in outputs:
+                metrics.update(output.metrics)
                 if "audio" not in output.multimodal_output:
                     continue
                 samples, rate = samples_of(output.multimodal_output)
@@ -127,9 +133,11 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     """The same pieces as events."""
     count = 0
-    async with aclosing(_sound(service, body, run)) as pieces:
+    metrics: dict[str, Any] = {}
+    async with aclosing(_sound(service, body, run, metrics)) as pieces:
         async for piece in pieces:
             count += len(piece)
             yield sse({"type": "speech.audio.delta", "audio": base64.b64encode(piece).decode()}, "speech.audio.delta")
     usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
-    yield sse({"type": "speech.audio.done", "bytes": count, "usage": usage}, "speech.audio.done")
+    done = {"type": "speech.audio.done", "bytes": count, "usage": usage}
+    yield sse({**done, "metrics": metrics} if body.return_stage_metrics else done, "speech.audio.done")
