@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_omni.config.schema import nearest
 from vllm_omni.errors import DeadlineError, RequestError
-from vllm_omni.inputs.data import OmniSamplingParams, OmniTextPrompt, OmniTokensPrompt
+from vllm_omni.inputs.data import OmniEnginePrompt, OmniSamplingParams, OmniTextPrompt, OmniTokensPrompt
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ class OmniRequest:
     """``time.monotonic()`` second at which it entered."""
 
 
-_PROMPT_KEYS = frozenset({*OmniTextPrompt.__annotations__, *OmniTokensPrompt.__annotations__})
+_PROMPT_KEYS = frozenset(
+    {*OmniTextPrompt.__annotations__, *OmniTokensPrompt.__annotations__, *OmniEnginePrompt.__annotations__}
+)
+_PROMPTS = ("prompt", "prompt_token_ids", "engine_input")
 
 
 def check_prompt(prompt: Any) -> None:
@@ -75,7 +78,7 @@ def check_prompt(prompt: Any) -> None:
     for key in prompt:
         if key not in _PROMPT_KEYS:
             raise RequestError(f"prompt: unknown key {key!r}{nearest(str(key), _PROMPT_KEYS)}", field=str(key))
-    if "prompt" not in prompt and "prompt_token_ids" not in prompt:
+    if not any(key in prompt for key in _PROMPTS):
         raise RequestError('a prompt dictionary needs "prompt" or "prompt_token_ids"', field="prompt")
     for key in ("prompt", "negative_prompt"):
         if key in prompt:

@@ -164,7 +164,7 @@ class ARStageClient(StageClient):
         if not read:
             parts = replace(parts, emit=False)
         request = _Open(time.monotonic())
-        if parts.is_token_ids:
+        if parts.is_rendered:
             made, text = inputs.prepare(request_id, parts, params, parts.lora_request)
             self._begin(inputs, request_id, request, parts, made, text, last)
         else:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.pooling_params import PoolingParams
 from vllm.renderers.inputs.preprocess import parse_model_prompt
@@ -36,9 +36,16 @@ _PROMPT_KEYS = {
     "additional_information",
     "conditioning_steps",
     "emit",
+    "engine_input",
     "lora_request",
     "negative_prompt",
+    "reasoning_ended",
+    "reasoning_parser_kwargs",
 }
+_OURS = (
+    *("additional_information", "conditioning_steps", "emit", "lora_request", "negative_prompt"),
+    *("reasoning_ended", "reasoning_parser_kwargs"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,14 @@ class StagePrompt:
     """Whether the stage sends its hidden states on."""
     lora_request: Any = None
     """Adapter to use."""
+    reasoning: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine has to know of the reasoning before an answer that is bound to a grammar: fields of vLLM's
+    ``EngineCoreRequest``."""
 
     @property
-    def is_token_ids(self) -> bool:
+    def is_rendered(self) -> bool:
         """Whether nothing is left to tokenise or process."""
-        return set(self.prompt) == {"prompt_token_ids"}
+        return set(self.prompt) in ({"prompt_token_ids"}, {"engine_input"})
 
     @classmethod
     def of(cls, prompt: Any) -> StagePrompt:
@@ -83,13 +93,14 @@ class StagePrompt:
                 raise RequestError(f"prompt has an unknown key {key!r}{nearest(key, _PROMPT_KEYS)}", field=key)
         if prompt.get("negative_prompt"):
             raise RequestError("negative_prompt is for diffusion stages", field="negative_prompt")
-        ours = ("additional_information", "conditioning_steps", "emit", "lora_request", "negative_prompt")
+        reasoning = ("reasoning_ended", "reasoning_parser_kwargs")
         return cls(
-            {key: value for key, value in prompt.items() if key not in ours and value is not None},
+            {key: value for key, value in prompt.items() if key not in _OURS and value is not None},
             prompt.get("additional_information") or {},
             prompt.get("conditioning_steps", 0),
             prompt.get("emit", True),
             prompt.get("lora_request"),
+            {key: prompt[key] for key in reasoning if prompt.get(key) is not None},
         )
 
 
@@ -147,10 +158,13 @@ class OmniInputProcessor(InputProcessor):
         except RequestError:
             raise
         except VLLMClientError as error:
-            raise RequestError(str(error), field="prompt") from error
+            named = error.parameter if isinstance(error, VLLMValidationError) else None
+            raise RequestError(str(error.args[0] if error.args else error), field=named or "prompt") from error
         except (ValueError, TypeError, KeyError, OSError, ImportError, NotImplementedError) as error:
             raise RequestError(f"{type(error).__name__}: {error}", field="prompt") from error
         request.external_req_id = request_id
+        for name, value in parts.reasoning.items():
+            setattr(request, name, value)
         return request, rendered.get("prompt")
 
     def attach(self, request: EngineCoreRequest, parts: StagePrompt, *, last: bool) -> None:
@@ -172,7 +186,9 @@ class OmniInputProcessor(InputProcessor):
             request.cache_salt = request.request_id
 
     def _render(self, prompt: Any) -> Any:
-        """Tokenise and process media; token ids alone need neither."""
+        """Tokenise and process media; token ids alone, and what is rendered already, need neither."""
+        if "engine_input" in prompt:
+            return prompt["engine_input"]
         if set(prompt) == {"prompt_token_ids"}:
             return {"type": "token", "prompt_token_ids": list(prompt["prompt_token_ids"]), "arrival_time": time.time()}
         if "prompt_token_ids" in prompt:

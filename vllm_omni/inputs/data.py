@@ -40,7 +40,21 @@ class OmniTokensPrompt(TypedDict):
     additional_information: NotRequired[Mapping[str, Any]]
 
 
-OmniPromptType: TypeAlias = str | OmniTextPrompt | OmniTokensPrompt
+class OmniEnginePrompt(TypedDict):
+    """A prompt that vLLM's renderer has made already (autoregressive stages): what the HTTP server hands on."""
+
+    engine_input: Mapping[str, Any]
+    """vLLM's ``EngineInput``."""
+    additional_information: NotRequired[Mapping[str, Any]]
+    lora_request: NotRequired[Any]
+    """vLLM's ``LoRARequest``: the adapter to use."""
+    reasoning_ended: NotRequired[bool]
+    """Whether a grammar binds the answer from its first token."""
+    reasoning_parser_kwargs: NotRequired[Mapping[str, Any]]
+    """What the engine's own reasoning parser is built with."""
+
+
+OmniPromptType: TypeAlias = str | OmniTextPrompt | OmniTokensPrompt | OmniEnginePrompt
 
 
 @dataclass
