@@ -37,9 +37,14 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
-def die_with_process(pid: int) -> threading.Thread | None:
+def die_with_process(pid: int, last: Callable[[], None] | None = None) -> threading.Thread | None:
     """Start a thread that ends this process when process ``pid`` ends, which need not be its parent: for workers that
-    another package starts. Does nothing where the kernel cannot tell (other systems than Linux) or for itself."""
+    another package starts. Does nothing where the kernel cannot tell (other systems than Linux) or for itself.
+
+    Args:
+        pid: the process to follow.
+        last: called in the thread before this process ends.
+    """
     if sys.platform != "linux" or pid in (1, os.getpid()):
         return None
     try:
@@ -49,7 +54,11 @@ def die_with_process(pid: int) -> threading.Thread | None:
 
     def watch() -> None:
         select.select([handle], [], [])
-        os._exit(1)
+        try:
+            if last is not None:
+                last()
+        finally:
+            os._exit(1)
 
     thread = threading.Thread(target=watch, name="lifeline", daemon=True)
     thread.start()

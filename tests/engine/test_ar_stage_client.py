@@ -9,6 +9,7 @@ import os
 import random
 import select
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -336,8 +337,10 @@ async def test_death(world: World) -> None:
     with pytest.raises(StageDeadError):
         orchestrator.open(OmniRequest("x", {"prompt_token_ids": [1]}, {0: long}), Sink())
     client.detach()
+    assert os.listdir(handle.runtime.path)
     handle.close()
     assert not os.path.exists(f"/proc/{handle.pid}")
+    assert not handle.runtime.path.exists()
 
 
 def test_bad_settings_start_nothing(world: World) -> None:
@@ -362,25 +365,31 @@ def test_bad_settings_start_nothing(world: World) -> None:
             launch_ar_stages([good, bad], 5.0)
 
 
-def test_start_takes_too_long(world: World) -> None:
+def test_start_takes_too_long(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tempfile.mkdtemp(prefix="omni-test-")
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", folder)
     with pytest.raises(DeadlineError, match="stage_init_timeout"):
         launch_ar_stages(world.specs[:1], 0.2)
+    os.rmdir(folder)  # nothing is left in it
 
 
 def test_engine_dies_with_its_driver(world: World) -> None:
-    """A driver that is killed takes its engines with it."""
+    """A driver that is killed takes its engines with it, and they their files."""
     ours, theirs = multiprocessing.Pipe()
 
     def drive() -> None:
         (handle,) = fork(world.specs[:1])
-        theirs.send(handle.pid)
+        theirs.send((handle.pid, handle.runtime.path))
         theirs.recv()
 
     driver = multiprocessing.get_context("fork").Process(target=drive)
     driver.start()
     assert ours.poll(60)
-    engine = os.pidfd_open(ours.recv())
+    pid, folder = ours.recv()
+    assert os.listdir(folder)
+    engine = os.pidfd_open(pid)
     driver.kill()
     driver.join()
     assert select.select([engine], [], [], 10)[0]
     os.close(engine)
+    assert not folder.exists()

@@ -46,6 +46,8 @@ class OmniModelConfig(ModelConfig):
     """Whether the stage's model reads what comes with a request."""
     driver_pid: int = 1
     """Process that reads what the stage sends; 1 when it is not known."""
+    runtime_path: str | None = None
+    """Folder of everything with a name that the engine makes; None when it has none of its own."""
 
     @property
     def payload_threshold(self) -> int:

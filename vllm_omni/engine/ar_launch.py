@@ -19,6 +19,7 @@ from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.utils import EngineZmqAddresses, get_engine_zmq_bind_addresses, launch_core_engines
 from vllm.v1.executor import Executor
 
+from vllm_omni.distributed.runtime_directory import RuntimeDirectory
 from vllm_omni.engine.arg_utils import OmniEngineArgs
 from vllm_omni.engine.stage_engine import StageInfo
 from vllm_omni.errors import ConfigError, DeadlineError, StageDeadError
@@ -100,6 +101,8 @@ class ARStageHandle:
     config: VllmConfig
     client: AsyncMPClient
     info: StageInfo
+    runtime: RuntimeDirectory
+    """Its sockets and whatever else has a name."""
     processes: list[Any] = field(default_factory=list)
     """The engine's process."""
 
@@ -128,6 +131,7 @@ def end_ar_stages(handles: Sequence[ARStageHandle], grace: float = GRACE) -> Non
         handle.client.shutdown(timeout=grace)
         for process in handle.processes:
             process.join()
+        handle.runtime.remove()
 
 
 def launch_ar_stages(specs: Sequence[ARStageSpec], stage_timeout: float) -> list[ARStageHandle]:
@@ -171,46 +175,70 @@ def _groups(configs: list[tuple[ARStageSpec, VllmConfig]]) -> Iterator[list[tupl
         yield group
 
 
+@dataclass
+class _Starting:
+    """An engine that has been started and may not be ready."""
+
+    spec: ARStageSpec
+    config: VllmConfig
+    runtime: RuntimeDirectory
+    launch: Any
+    """vLLM's addresses and process manager."""
+    barrier: contextlib.ExitStack
+    """Waits for the engine when it is closed."""
+
+    def give_up(self, error: BaseException) -> None:
+        """End it because of ``error``; returns when its process is gone."""
+        self.launch.engine_manager.shutdown(timeout=0.5)
+        # Not close(): that would wait for the engine. This ends the waiting and frees its sockets.
+        self.barrier.__exit__(type(error), error, error.__traceback__)
+        for process in self.launch.engine_manager.processes:
+            process.join()
+        self.runtime.remove()
+
+
 def _start_together(group: list[tuple[ARStageSpec, VllmConfig]], timeout: float) -> list[ARStageHandle]:
+    starting: list[_Starting] = []
     handles: list[ARStageHandle] = []
     began = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        starting = [(spec, config, *_start(config, stack)) for spec, config in group]
-        try:
-            for spec, config, launch, barrier in starting:
-                left = began + timeout - time.monotonic()
-                handles.append(_finish(spec, config, launch, barrier, left, timeout))
-                logger.info("stage %d ready after %.1f s", spec.stage_id, time.monotonic() - began)
-        except BaseException as error:
-            end_ar_stages(handles, grace=0.5)
-            for _, _, launch, barrier in starting[len(handles) :]:
-                launch.engine_manager.shutdown(timeout=0.5)
-                # Not close(): that would wait for the engine. This ends the waiting and frees its sockets.
-                barrier.__exit__(type(error), error, error.__traceback__)
-                for process in launch.engine_manager.processes:
-                    process.join()
-            raise
+    try:
+        for spec, config in group:
+            starting.append(_start(spec, config))
+        for item in starting:
+            handles.append(_finish(item, began + timeout - time.monotonic(), timeout))
+            logger.info("stage %d ready after %.1f s", item.spec.stage_id, time.monotonic() - began)
+    except BaseException as error:
+        end_ar_stages(handles, grace=0.5)
+        for item in starting[len(handles) :]:
+            item.give_up(error)
+        raise
     return handles
 
 
-def _start(config: VllmConfig, stack: contextlib.ExitStack) -> tuple[Any, contextlib.ExitStack]:
-    """Start the process; what is returned second waits for it when it is closed."""
-    addresses = get_engine_zmq_bind_addresses(config)
-    barrier = contextlib.ExitStack()
-    launch = barrier.enter_context(
-        launch_core_engines(
-            config,
-            Executor.get_class(config),
-            False,
-            EngineZmqAddresses(inputs=list(addresses.inputs), outputs=list(addresses.outputs)),
-        )
-    )
-    return launch, barrier
+def _start(spec: ARStageSpec, config: VllmConfig) -> _Starting:
+    """Start the process."""
+    with contextlib.ExitStack() as failed:
+        runtime = RuntimeDirectory()
+        failed.callback(runtime.remove)
+        config.model_config.runtime_path = str(runtime.path)
+        barrier = contextlib.ExitStack()
+        with runtime.entered():
+            addresses = get_engine_zmq_bind_addresses(config)
+            launch = barrier.enter_context(
+                launch_core_engines(
+                    config,
+                    Executor.get_class(config),
+                    False,
+                    EngineZmqAddresses(inputs=list(addresses.inputs), outputs=list(addresses.outputs)),
+                )
+            )
+        failed.pop_all()
+    return _Starting(spec, config, runtime, launch, barrier)
 
 
-def _finish(
-    spec: ARStageSpec, config: VllmConfig, launch: Any, barrier: contextlib.ExitStack, left: float, timeout: float
-) -> ARStageHandle:
+def _finish(item: _Starting, left: float, timeout: float) -> ARStageHandle:
+    """Wait until the engine is ready, and make the client."""
+    spec, config, launch = item.spec, item.config, item.launch
     processes = launch.engine_manager.processes
     late = threading.Event()
 
@@ -222,7 +250,7 @@ def _finish(
     timer = threading.Timer(max(left, 0.0), kill)
     timer.start()
     try:
-        barrier.close()
+        item.barrier.close()
         client = AsyncMPClient(
             config,
             Executor.get_class(config),
@@ -245,9 +273,11 @@ def _finish(
         ) from error
     finally:
         timer.cancel()
+    for process in processes:
+        item.runtime.adopt(process.pid)
     client.resources.engine_manager = launch.engine_manager
     client.start_engine_core_monitor()
-    return ARStageHandle(spec, config, client, _info(config, processes), processes)
+    return ARStageHandle(spec, config, client, _info(config, processes), item.runtime, processes)
 
 
 def _info(config: VllmConfig, processes: list[Any]) -> StageInfo:

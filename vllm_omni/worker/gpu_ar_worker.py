@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_omni.config.model import OmniModelConfig
+from vllm_omni.distributed.runtime_directory import remove_folder, rendezvous, unlink_shared_memory
 from vllm_omni.errors import ConfigError
 from vllm_omni.model_executor.models.registry import ensure_registered
 from vllm_omni.process import die_with_process
@@ -29,15 +32,25 @@ class OmniWorker(VllmWorker):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         ensure_registered(vllm_config.model_config.architectures)
-        if isinstance(vllm_config.model_config, OmniModelConfig):
-            die_with_process(vllm_config.model_config.driver_pid)
         super().__init__(vllm_config, *args, **kwargs)
         if self.use_v2_model_runner:
             raise ConfigError("omni stages run on vLLM's V1 model runner", field="VLLM_USE_V2_MODEL_RUNNER")
+        config = vllm_config.model_config
+        if not isinstance(config, OmniModelConfig):
+            raise ConfigError("an omni worker needs a configuration made by OmniEngineArgs", field="worker_cls")
+        self._folder = config.runtime_path
+        clean = None if self._folder is None else partial(remove_folder, self._folder)
+        die_with_process(config.driver_pid, clean)
+        if self._folder is not None and self.distributed_init_method.startswith("file://"):  # type: ignore[has-type]
+            self.distributed_init_method = rendezvous(self._folder)
 
     def init_device(self) -> None:
         """vLLM's start of the device. Its CPU worker builds its runner inline, so it is built again here."""
         super().init_device()
+        if self._folder is not None and current_platform.is_cpu():
+            # Once every rank has mapped the memory over which they talk it needs no name, and goes with them.
+            torch.distributed.barrier()
+            unlink_shared_memory(self._folder)
         if not isinstance(self.model_runner, self.runner_cls):
             self.model_runner = self._make_model_runner()
 
