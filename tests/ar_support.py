@@ -34,6 +34,8 @@ SMALL: dict[str, Any] = {
     "skip_mm_profiling": True,
     "distributed_executor_backend": "uni",
 }
+if torch.cuda.is_available():
+    SMALL["gpu_memory_utilization"] = 0.1  # vLLM wants that much to be free: several test processes share a GPU
 
 
 @dataclass

@@ -48,3 +48,18 @@ def test_the_code_predictor_is_captured(pipeline: tuple[Pipeline, Reference]) ->
     stages, _ = pipeline
     eager = stages.talker.config.model_config.enforce_eager
     assert stages.talker.model._predict.sizes == ([] if eager else [1, 2, 4, 8])
+
+
+def test_a_batch_of_windows_equals_each_alone(pipeline: tuple[Pipeline, Reference]) -> None:
+    """Windows of many lengths share a step of the vocoder."""
+    stages, reference = pipeline
+    generator = torch.Generator().manual_seed(0)
+    windows = [torch.randint(0, 128, (frames, 16), generator=generator) for frames in (1, 4, 8, 9, 16, 25, 70)]
+    prompts = [{"additional_information": {"codes": codes.int()}} for codes in windows]
+    for codes, prompt, result in zip(windows, prompts, stages.code2wav.ask(prompts), strict=True):
+        assert result.error is None
+        got = result.payloads[0]["audio"]
+        torch.testing.assert_close(got, stages.code2wav.ask([prompt])[0].payloads[0]["audio"], atol=1e-3, rtol=0)
+        with torch.inference_mode():
+            want = reference.model.code2wav(codes.T[None])[0, 0]
+        torch.testing.assert_close(got.cpu(), want, atol=1e-3, rtol=0)

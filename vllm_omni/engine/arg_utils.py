@@ -28,6 +28,9 @@ _GENERATION_FIXED: dict[str, Any] = {
     "enable_prefix_caching": False,
     "skip_tokenizer_init": True,
 }
+_GENERATION_KV_BYTES = 16 << 20
+"""A generation stage has no KV cache. A size that is given keeps vLLM from measuring what other stages of the same GPU
+hold, so that they may start at the same time."""
 
 
 @dataclass
@@ -98,6 +101,8 @@ class OmniEngineArgs(EngineArgs):
                 if given not in (defaults[name], value):
                     self._refuse(name, f"a generation stage has {name}={value}")
                 setattr(self, name, value)
+            if self.kv_cache_memory_bytes is None:  # type: ignore[has-type]
+                self.kv_cache_memory_bytes = _GENERATION_KV_BYTES
             if self.hidden_layers:
                 self._refuse("hidden_layers", "a generation stage has no hidden states to send")
         if self.omni_kv_config is not None:

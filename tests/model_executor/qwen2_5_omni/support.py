@@ -150,13 +150,16 @@ class _Flow:
 class Pipeline:
     """Thinker, talker and token2wav of one checkpoint; the edges are called for every output, or once at the end."""
 
-    def __init__(self, start_stage: StageSet, folder: Path, config: Any, **talker_args: Any) -> None:
+    def __init__(
+        self, start_stage: StageSet, folder: Path, config: Any, enforce_eager: bool = True, **talker_args: Any
+    ) -> None:
         self.config = config
         self.thinker = start_stage(
             folder,
             model_stage="thinker",
             model_arch="Qwen2_5OmniThinkerForConditionalGeneration",
             hidden_layers=HIDDEN_LAYERS,
+            enforce_eager=enforce_eager,
             max_model_len=512,
         )
         self.talker = start_stage(
@@ -166,7 +169,7 @@ class Pipeline:
             model_arch="Qwen2_5OmniTalkerForConditionalGeneration",
             hf_config_name="talker_config",
             skip_tokenizer_init=True,
-            **{"max_model_len": 512, **talker_args},
+            **{"max_model_len": 512, "enforce_eager": enforce_eager, **talker_args},
         )
         self.token2wav = start_stage(
             folder,

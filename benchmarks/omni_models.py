@@ -1,0 +1,127 @@
+"""What is measured: checkpoint folders without weights, and the packaged stage configurations with fixed memory.
+
+Every stage gets its KV cache in bytes, so that stages of one GPU start at the same time and none measures what the
+others hold. Graphs are captured up to the number of clients.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family."""
+
+    configs: dict[int, str]
+    """Stage configuration by number of GPUs."""
+    kv_gib: tuple[float, float]
+    """KV cache of thinker and talker."""
+    frames_per_second: float
+    """Codec frames a second of speech."""
+
+
+FAMILIES = {
+    "qwen2_5": Family(
+        {1: "qwen2_5_omni.yaml", 2: "qwen2_5_omni_2gpu.yaml", 3: "qwen2_5_omni_3gpu.yaml"},
+        (12, 12),
+        50,
+    ),
+    "qwen3": Family(
+        {1: "qwen3_omni_moe.yaml", 2: "qwen3_omni_moe_2gpu.yaml", 3: "qwen3_omni_moe_3gpu.yaml"},
+        (14, 6),
+        12.5,
+    ),
+}
+MAX_LEN = 8192
+TINY_LEN = 512
+TINY: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": TINY_LEN,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 16 << 20,
+    "distributed_executor_backend": "uni",
+}
+
+
+def write_model(name: str, folder: Path, tiny: bool) -> Path:
+    """Configuration, tokenizer and processor of family ``name``, in the released sizes or tiny ones."""
+    if name == "qwen3":
+        from vllm_omni.model_executor.tiny_models.qwen3_omni import make_full_size_qwen3_omni, make_tiny_qwen3_omni
+
+        return make_tiny_qwen3_omni(folder) if tiny else make_full_size_qwen3_omni(folder)
+    from vllm_omni.model_executor.tiny_models.qwen2_5_omni import make_full_size_qwen2_5_omni, make_tiny_qwen2_5_omni
+
+    return make_tiny_qwen2_5_omni(folder) if tiny else make_full_size_qwen2_5_omni(folder)
+
+
+def vocabulary(folder: Path) -> dict[str, Any]:
+    """Ids of the chat's markers, and how many of the first ids are plain text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = {name: int(index) for name, index in tokenizer.get_vocab().items() if name.startswith("<|im_")}
+    ids |= {word: tokenizer.encode(word)[0] for word in ("user", "assistant")} | {"newline": tokenizer.encode("\n")[0]}
+    return {"ids": ids, "plain": min(tokenizer.added_tokens_decoder)}
+
+
+def thinker_args(name: str, tiny: bool, kv_gib: float | None = None) -> dict[str, Any]:
+    """Engine arguments of the thinker, ours or plain vLLM's."""
+    if tiny:
+        return {**TINY, "load_format": "dummy", "enforce_eager": True, "skip_mm_profiling": True}
+    return {
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "max_model_len": MAX_LEN,
+        "max_num_batched_tokens": MAX_LEN,
+        "max_num_seqs": 64,
+        "kv_cache_memory_bytes": int((kv_gib or FAMILIES[name].kv_gib[0]) * GIB),
+        "gpu_memory_utilization": 0.4,
+        "skip_mm_profiling": True,
+        "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 48, 64]},
+    }
+
+
+def stage_file(name: str, gpus: int, folder: Path, tiny: bool, chunks: dict[str, int] | None = None) -> Path:
+    """The packaged stage configuration for ``gpus`` GPUs with fixed memory, written beside the model."""
+    from vllm_omni.entrypoints.omni_args import STAGE_CONFIGS
+
+    values = yaml.safe_load((STAGE_CONFIGS / FAMILIES[name].configs[gpus]).read_text())
+    for stage in values["stage_args"]:
+        args = stage["engine_args"]
+        args |= {"load_format": "dummy", "worker_extension_cls": "random_weights.RandomWeights"}
+        if tiny:
+            _tiny_stage(stage, folder)
+        elif stage["stage_id"] == 0:
+            args |= thinker_args(name, tiny)
+        elif stage["stage_id"] == 1:
+            args |= {**thinker_args(name, tiny), "kv_cache_memory_bytes": int(FAMILIES[name].kv_gib[1] * GIB)}
+            args |= {"gpu_memory_utilization": 0.1}
+        else:
+            args |= {"gpu_memory_utilization": 0.05}
+    if chunks:
+        values["runtime"]["connectors"]["codes"]["extra"] |= chunks
+    path = folder / "stages.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def _tiny_stage(stage: dict[str, Any], folder: Path) -> None:
+    args = stage["engine_args"]
+    for key in ("gpu_memory_utilization", "max_num_batched_tokens"):
+        args.pop(key, None)
+    args |= TINY
+    config = json.loads((folder / "config.json").read_text())["talker_config"]
+    if stage["stage_type"] == "ar":
+        args |= {"enforce_eager": True, "skip_mm_profiling": True}
+    if 24 in args.get("hidden_layers", ()):
+        args["hidden_layers"] = [config["accept_hidden_layer"]]
+    if "codec_eos_token_id" in config and stage["stage_id"] == 1:
+        stage["default_sampling_params"]["stop_token_ids"] = [config["codec_eos_token_id"]]
