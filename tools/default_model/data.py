@@ -22,8 +22,8 @@ from tools.default_model.world import FORMATS, sample
 WORDS = 40
 """Caption tokens with the template's end, padded."""
 
-PATCHES = 64
-"""Picture tokens, padded: of all canvases the most. With the words 104, which attention kernels like."""
+TOKENIZER = Path("vllm_omni/data/default_model/tokenizer")
+"""The tokenizer that is shipped, from the repository's root."""
 
 SHARD = 10000
 """Scenes per task of a data process."""
@@ -43,10 +43,25 @@ class Shard:
     """Tokens that are real, (N,), int64."""
 
 
+TRAINING_MIX = {
+    "single": 0.07,
+    "position": 0.07,
+    "texture": 0.14,
+    "count": 0.14,
+    "relation": 0.22,
+    "inside": 0.12,
+    "between": 0.11,
+    "things": 0.06,
+    "text": 0.07,
+}
+"""Share of each kind of picture in training: more of what is hard than the world has."""
+
+
 def make_shard(seed: int, number: int, canvas: tuple[int, int], tokenizer: Path) -> Shard:
     """Draw training scenes; the same seed gives the same shard."""
     rng = random.Random(seed)
-    scenes = [sample(rng, "train", *canvas) for _ in range(number)]
+    kinds = rng.choices(tuple(TRAINING_MIX), tuple(TRAINING_MIX.values()), k=number)
+    scenes = [sample(rng, "train", *canvas, category=kind) for kind in kinds]
     ids, counts = Encoder(tokenizer)([scene.caption for scene in scenes], WORDS)
     return Shard(
         np.stack([primitives(scene.items) for scene in scenes]),

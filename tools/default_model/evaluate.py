@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
 from PIL import Image
 
 from tools.default_model.judge import Verdict, judge
-from tools.default_model.scene import Scene
+from tools.default_model.scene import Scene, background, primitives
+from tools.default_model.shapes import draw as draw_records
 from tools.default_model.world import FORMATS, sample
 
 SEED = 2026
@@ -62,6 +63,19 @@ def diffusers_draw(folder: Path, device: str, batch: int = 100) -> Draw:
         return out
 
     return run
+
+
+@torch.no_grad()
+def reconstruct(folder: Path, device: str, scenes: list[Scene]) -> list[np.ndarray]:
+    """The generator's own pictures of the scenes after encoding and decoding: what the autoencoder alone can do."""
+    vae = AutoencoderKLQwenImage.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(device)
+    out = []
+    for scene in scenes:
+        records, ground = torch.from_numpy(primitives(scene.items)), torch.from_numpy(background(scene.ground))
+        image = draw_records(records[None], ground[None], scene.height, scene.width).to(device) * 2 - 1
+        decoded = vae.decode(vae.encode(image.unsqueeze(2)).latent_dist.mode()).sample[0, :, 0]
+        out.append(np.round((decoded.clamp(-1, 1) + 1).permute(1, 2, 0).cpu().numpy() * 127.5).astype(np.uint8))
+    return out
 
 
 def draw_scenes(draw: Draw, scenes: list[Scene], steps: int, guidance: float) -> list[np.ndarray]:
@@ -136,6 +150,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[4.0])
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--reconstruct", action="store_true", help="measure the autoencoder alone, first")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--grid", type=Path, help="pictures of the first prompts of the last setting")
     parser.add_argument("--failures", type=Path, help="pictures that were judged wrong in the last setting")
@@ -145,6 +160,9 @@ def main() -> None:
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(args.workers, context, torch.set_num_threads, (1,)) as pool:
         pool.submit(int).result()  # fork before CUDA starts
+        if args.reconstruct:
+            counts = table(scenes, judge_all(reconstruct(args.model, args.device, scenes), scenes, pool))
+            print("encoded and decoded: " + " ".join(f"{name} {r}/{n}" for name, (r, n) in counts.items()), flush=True)
         draw = diffusers_draw(args.model, args.device, args.batch)
         for steps, guidance in itertools.product(args.steps, args.guidance):
             figures, pictures = evaluate(draw, scenes, steps, guidance, pool)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from tools.default_model.models import SCHEDULER, TEXT, TRANSFORMER, VAE, VISION
+from tools.default_model.models import TEXT, VISION, Layout
 
 MODEL_INDEX = {
     "_class_name": "QwenImagePipeline",
@@ -85,6 +85,7 @@ def _released_name(name: str) -> str | None:
 
 def export(
     folder: Path,
+    layout: Layout,
     vae: AutoencoderKLQwenImage,
     transformer: QwenImageTransformer2DModel,
     text_encoder: Qwen2_5_VLForConditionalGeneration,
@@ -98,12 +99,12 @@ def export(
         ValueError: if it is larger than LARGEST_TOTAL.
     """
     _json(folder / "model_index.json", MODEL_INDEX)
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.42.1", **SCHEDULER}
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.42.1", **layout.scheduler}
     _json(folder / "scheduler" / "scheduler_config.json", scheduler)
     means = {name: [round(v, 4) for v in vae.config[name]] for name in ("latents_mean", "latents_std")}
-    _json(folder / "vae" / "config.json", {"_class_name": "AutoencoderKLQwenImage", **VAE, **means})
+    _json(folder / "vae" / "config.json", {"_class_name": "AutoencoderKLQwenImage", **layout.vae, **means})
     _weights(folder / "vae" / "diffusion_pytorch_model.safetensors", vae.state_dict())
-    _json(folder / "transformer" / "config.json", {"_class_name": "QwenImageTransformer2DModel", **TRANSFORMER})
+    _json(folder / "transformer" / "config.json", {"_class_name": "QwenImageTransformer2DModel", **layout.transformer})
     _weights(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer.state_dict())
     vocabulary = text_encoder.get_input_embeddings().weight.shape[0]
     _json(folder / "text_encoder" / "config.json", released_text_config(vocabulary, specials))

@@ -2,34 +2,81 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-VAE: dict[str, Any] = {
-    "base_dim": 16,
-    "z_dim": 16,
-    "dim_mult": [1, 2, 3, 3],
-    "num_res_blocks": 1,
-    "attn_scales": [],
-    "temperal_downsample": [False, True, True],
-    "dropout": 0.0,
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parts that belong together: how fine the autoencoder's latents are, and the transformer on them."""
+
+    vae: dict[str, Any]
+    """Configuration of the AutoencoderKLQwenImage."""
+    transformer: dict[str, Any]
+    """Configuration of the QwenImageTransformer2DModel."""
+    shift: float
+    """base_shift of the scheduler: the more latents a picture has, the more noise hides it."""
+
+    @property
+    def cell(self) -> int:
+        """Side of the square of pixels that one token of the transformer stands for."""
+        return int(2 ** (1 + len(self.vae["temperal_downsample"])))
+
+    @property
+    def width(self) -> int:
+        """Values per packed token."""
+        return int(self.vae["z_dim"] * 4)
+
+    def patches(self, canvas: tuple[int, int]) -> int:
+        """Tokens of a picture of that width and height."""
+        return (canvas[0] // self.cell) * (canvas[1] // self.cell)
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """Configuration of the FlowMatchEulerDiscreteScheduler."""
+        return {**SCHEDULER, "base_shift": self.shift, "max_shift": max(self.shift, SCHEDULER["max_shift"])}
+
+
+def _vae(base: int, latents: int, multipliers: list[int]) -> dict[str, Any]:
+    return {
+        "base_dim": base,
+        "z_dim": latents,
+        "dim_mult": multipliers,
+        "num_res_blocks": 1,
+        "attn_scales": [],
+        "temperal_downsample": [False] * (len(multipliers) - 1),
+        "dropout": 0.0,
+    }
+
+
+def _transformer(latents: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "patch_size": 2,
+        "in_channels": latents * 4,
+        "out_channels": latents,
+        "num_layers": layers,
+        "attention_head_dim": 32,
+        "num_attention_heads": heads,
+        "joint_attention_dim": 192,
+        "guidance_embeds": False,
+        "axes_dims_rope": [8, 12, 12],
+    }
+
+
+LAYOUTS = {
+    "fine": Layout(_vae(16, 8, [1, 2, 3]), _transformer(8, 8, 5), 0.8),
+    "coarse": Layout(
+        {**_vae(16, 16, [1, 2, 3, 3]), "temperal_downsample": [False, True, True]}, _transformer(16, 5, 6), 0.5
+    ),
 }
-TRANSFORMER: dict[str, Any] = {
-    "patch_size": 2,
-    "in_channels": 64,
-    "out_channels": 16,
-    "num_layers": 5,
-    "attention_head_dim": 32,
-    "num_attention_heads": 6,
-    "joint_attention_dim": 192,
-    "guidance_embeds": False,
-    "axes_dims_rope": [8, 12, 12],
-}
+"""fine: a token is 8x8 pixels, 256 of them. coarse: 16x16 pixels, 64 of them, as the released model has them."""
+
 TEXT: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 384,
@@ -67,18 +114,13 @@ SCHEDULER: dict[str, Any] = {
 }
 
 
-def make_vae() -> AutoencoderKLQwenImage:
+def make_vae(layout: Layout) -> AutoencoderKLQwenImage:
     """A new autoencoder with zero in the temporal weights that a single picture never uses."""
-    vae = AutoencoderKLQwenImage(**VAE)
+    vae = AutoencoderKLQwenImage(**layout.vae)
     for name, parameter in vae.named_parameters():
         if "time_conv" in name:
             nn.init.zeros_(parameter)
     return vae
-
-
-def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """The released scheduler."""
-    return FlowMatchEulerDiscreteScheduler(**SCHEDULER)
 
 
 def is_unused(transformer: QwenImageTransformer2DModel, name: str) -> bool:
@@ -87,9 +129,9 @@ def is_unused(transformer: QwenImageTransformer2DModel, name: str) -> bool:
     return name.startswith((f"{last}txt_mlp.", f"{last}attn.to_add_out."))
 
 
-def make_transformer(**sizes: Any) -> QwenImageTransformer2DModel:
+def make_transformer(layout: Layout, **sizes: Any) -> QwenImageTransformer2DModel:
     """A new transformer, started as diffusion transformers are: modulation and output at zero."""
-    transformer = QwenImageTransformer2DModel(**{**TRANSFORMER, **sizes})
+    transformer = QwenImageTransformer2DModel(**{**layout.transformer, **sizes})
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -24,7 +24,7 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """Momentum whose update is made orthogonal, for stacks of equally shaped matrices."""
+    """Momentum whose update is made orthogonal, for stacks of equally shaped matrices; a kernel is (out, the rest)."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01):
         self.lr, self.momentum, self.decay = lr, momentum, decay
@@ -32,7 +32,8 @@ class Muon:
         for parameter in parameters:
             shapes.setdefault(tuple(parameter.shape), []).append(parameter)
         self._stacks = [
-            (group, torch.zeros(len(group), *shape, device=group[0].device)) for shape, group in shapes.items()
+            (group, torch.zeros(len(group), *group[0].flatten(1).shape, device=group[0].device))
+            for group in shapes.values()
         ]
 
     @torch.no_grad()
@@ -40,13 +41,30 @@ class Muon:
         """Update with the learning rate times scale, a scalar on the parameters' device."""
         lr = self.lr * scale
         for group, velocity in self._stacks:
-            gradient = torch.stack([p.grad for p in group])
+            gradient = torch.stack([gradient_of(p).flatten(1) for p in group])
             velocity.lerp_(gradient, 1 - self.momentum)
             update = orthogonal(gradient.lerp_(velocity, self.momentum))
             rows, columns = update.shape[-2:]
             update *= -lr * math.sqrt(max(1.0, rows / columns))
             torch._foreach_mul_(group, 1 - lr * self.decay)
-            torch._foreach_add_(group, list(update.unbind()))
+            torch._foreach_add_(group, [part.view(p.shape) for part, p in zip(update.unbind(), group, strict=True)])
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forget the momentum."""
+        for _, velocity in self._stacks:
+            velocity.zero_()
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """The gradient of a parameter.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if parameter.grad is None:
+        raise ValueError("a parameter without a gradient")
+    return parameter.grad
 
 
 class Clock:

@@ -227,6 +227,11 @@ def paint_background(background: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
 
 
 @functools.cache
+def _atlas(device: torch.device) -> Tensor:
+    return glyph_atlas().to(device)
+
+
+@functools.cache
 def _compiled_paint() -> Callable[..., Tensor]:
     return torch.compile(paint, dynamic=True)
 
@@ -247,7 +252,7 @@ def draw(primitives: Tensor, background: Tensor, height: int, width: int, compil
     device = primitives.device
     xs = (torch.arange(width, device=device, dtype=torch.float32) + 0.5)[None, None, :]
     ys = (torch.arange(height, device=device, dtype=torch.float32) + 0.5)[None, :, None]
-    atlas = glyph_atlas().to(device)
+    atlas = _atlas(device)
     canvas = paint_background(background, xs, ys)
     for index in range(primitives.shape[1]):
         primitive = primitives[:, index].contiguous()

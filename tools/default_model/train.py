@@ -13,21 +13,26 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from tools.default_model.data import SHARD, ShardSource, pictures
+from tools.default_model.data import SHARD, TOKENIZER, ShardSource
 from tools.default_model.export import export
-from tools.default_model.models import encode_text, make_text_encoder, make_transformer, make_vae
+from tools.default_model.models import LAYOUTS, Layout, encode_text, make_text_encoder, make_transformer
+from tools.default_model.steps import Stepper
 from tools.default_model.tokens import SPECIALS, TEMPLATE
 from tools.default_model.train_model import (
     Pool,
     Recipe,
     Trainer,
     compile_blocks,
-    make_pools,
+    fill_pools,
+    make_stepper,
     train_model,
     trained_parameters,
 )
-from tools.default_model.train_vae import Loss, channels_last, flatten, save_vae, train_vae
+from tools.default_model.train_vae import channels_last, flatten
 from tools.default_model.world import FORMATS
+
+POOL_SHARES = (0.7, 0.15, 0.15)
+"""Share of the samples for each canvas of FORMATS."""
 
 LARGEST_FILE = 15 * 2**20
 """Bytes per file of a saved training state."""
@@ -81,56 +86,41 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the state and the checkpoint")
     parser.add_argument("--export", type=Path, help="folder of the exported checkpoint (default: OUT/model)")
-    parser.add_argument("--tokenizer", type=Path, default=Path("vllm_omni/data/default_model/tokenizer"))
-    parser.add_argument("--vae", type=Path, help="an autoencoder to start from")
-    parser.add_argument("--resume", type=Path, help="folder with a saved state to go on from")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="fine")
+    parser.add_argument("--vae", type=Path, required=True, help="the autoencoder, from tools.default_model.train_vae")
+    parser.add_argument("--wait", type=float, default=0, help="seconds to wait for the autoencoder to appear")
+    parser.add_argument("--resume", type=Path, help="folder with a saved state or a checkpoint to go on from")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=14)
-    parser.add_argument("--samples", type=int, default=600000)
-    parser.add_argument("--vae-samples", type=int, default=60000)
-    parser.add_argument("--vae-seconds", type=float, default=75, help="0: take --vae as it is")
-    parser.add_argument("--decoder-only", action="store_true", help="leave the encoder and its latents as they are")
-    parser.add_argument("--vae-batch", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=1200000)
     parser.add_argument("--seconds", type=float, default=240, help="0: export what --resume holds")
-    parser.add_argument("--graphs", action="store_true", help="record training steps as CUDA graphs")
     parser.add_argument("--total-seconds", type=float, default=float("inf"), help="end the training by then")
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--graphs", action="store_true", help="record training steps as CUDA graphs")
+    parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
-def _order(args: argparse.Namespace, source: ShardSource) -> None:
-    if args.vae_seconds > 0:
-        source.order(FORMATS[0], args.vae_samples, min(SHARD, max(args.vae_samples // 6, 1)))
-    if args.seconds <= 0:
-        return
-    shard = min(SHARD, max(args.samples // 16, 1))
-    for canvas, share in zip(FORMATS, (0.7, 0.15, 0.15), strict=True):
-        source.order(canvas, int(args.samples * share), shard)
+def _numbers(args: argparse.Namespace) -> list[int]:
+    return [max(int(args.samples * share), 1) for share in POOL_SHARES]
 
 
-def _autoencoder(args: argparse.Namespace, source: ShardSource) -> AutoencoderKLQwenImage:
-    vae = AutoencoderKLQwenImage.from_pretrained(args.vae) if args.vae else make_vae()
-    if args.vae_seconds <= 0:
-        return vae
-    vae = train_vae(
-        vae, source, args.vae_seconds, args.vae_batch, args.device, objective=Loss(decoder_only=args.decoder_only)
-    )
-    first = next(iter(source.shards(FORMATS[0])))
-    images = pictures(first, slice(0, 256), FORMATS[0], args.device)
-    return save_vae(vae.to(args.device), images, args.out / "vae", keep_scale=args.decoder_only).cpu()
+def _autoencoder(args: argparse.Namespace, begun: float) -> AutoencoderKLQwenImage:
+    while not args.vae.exists() and time.monotonic() - begun < args.wait:
+        time.sleep(0.5)
+    return AutoencoderKLQwenImage.from_pretrained(args.vae).float()
 
 
-def _pools(args: argparse.Namespace, source: ShardSource, vae: AutoencoderKLQwenImage) -> Any:
+def _fill(args: argparse.Namespace, pools: list[Pool], source: ShardSource, vae: AutoencoderKLQwenImage) -> None:
     flat = AutoencoderKLQwenImage.from_config(vae.config)
     flat.load_state_dict(vae.state_dict())
     flatten(flat)
     flat.to(args.device).eval()
     if args.device.startswith("cuda"):
         channels_last(flat)
-    return make_pools(flat, source, args.device)
+    fill_pools(pools, flat, source, args.device)
 
 
 @torch.no_grad()
@@ -147,50 +137,62 @@ def check_text_encoder(text_encoder: nn.Module, tokenizer: Qwen2Tokenizer) -> No
         raise RuntimeError(f"the text encoder's short forward differs by {difference}")
 
 
-def _train(
+def _stepper(
     args: argparse.Namespace,
+    recipe: Recipe,
     text_encoder: Qwen2_5_VLForConditionalGeneration,
     transformer: QwenImageTransformer2DModel,
     pools: list[Pool],
     tokenizer: Qwen2Tokenizer,
-    begun: float,
-) -> None:
+) -> Stepper:
     transformer.to(args.device)
     text_encoder.to(args.device)
     check_text_encoder(text_encoder, tokenizer)
     if args.device.startswith("cuda"):
         compile_blocks(text_encoder, transformer)
     empty = [tokenizer(TEMPLATE.format(text)).input_ids for text in (" ", "")]
-    trainer = Trainer(text_encoder, transformer, pools, empty, args.device)
-    deadline = begun + args.total_seconds
-    recipe = Recipe(args.seconds, args.batch, args.muon_lr, args.adam_lr, graphs=args.graphs, deadline=deadline)
-    modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder}
-    named = trained_parameters(text_encoder, transformer)
-    train_model(trainer, named, recipe, lambda: save_state(args.out, modules), args.seed)
+    trainer = Trainer(LAYOUTS[args.layout], text_encoder, transformer, pools, empty, args.device)
+    return make_stepper(trainer, trained_parameters(text_encoder, transformer), recipe)
+
+
+def _make_pools(args: argparse.Namespace, layout: Layout) -> list[Pool]:
+    room = max(layout.patches(canvas) for canvas in FORMATS)
+    return [Pool(number, room, layout.width, args.device) for number in _numbers(args)]
 
 
 def main() -> None:
-    """Train the autoencoder, the text encoder and the transformer, and export them."""
+    """Train the text encoder and the transformer on the autoencoder's latents, and export all."""
     args = _arguments()
     begun = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     torch._dynamo.config.recompile_limit = 64
-    with ShardSource(1000003 * (args.seed + 1), args.tokenizer, args.workers) as source:
-        _order(args, source)
-        tokenizer = Qwen2Tokenizer.from_pretrained(args.tokenizer)
+    layout = LAYOUTS[args.layout]
+    recipe = Recipe(
+        args.seconds, args.batch, args.muon_lr, args.adam_lr, graphs=args.graphs, deadline=begun + args.total_seconds
+    )
+    with ShardSource(1000003 * (args.seed + 1), TOKENIZER, args.workers) as source:
+        if args.seconds > 0:
+            for canvas, number in zip(FORMATS, _numbers(args), strict=True):
+                source.order(canvas, number, min(SHARD, max(number // args.workers, 1)))
+        tokenizer = Qwen2Tokenizer.from_pretrained(TOKENIZER)
         specials = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in SPECIALS}
-        text_encoder, transformer = make_text_encoder(len(tokenizer), specials), make_transformer()
+        text_encoder, transformer = make_text_encoder(len(tokenizer), specials), make_transformer(layout)
         modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder}
         if args.resume:
             load_state(args.resume, modules)
-        vae = _autoencoder(args, source)
-        pools = _pools(args, source, vae) if args.seconds > 0 else []
+        if args.seconds > 0:
+            pools = _make_pools(args, layout)
+            # before the autoencoder is there: compiling and recording need no real samples
+            stepper = _stepper(args, recipe, text_encoder, transformer, pools, tokenizer)
+        vae = _autoencoder(args, begun)
+        if args.seconds > 0:
+            _fill(args, pools, source, vae)
     print(f"{time.monotonic() - begun:.0f} s: data is ready", flush=True)
     if args.seconds > 0:
-        _train(args, text_encoder, transformer, pools, tokenizer, begun)
+        train_model(stepper, recipe, lambda: save_state(args.out, modules), args.seed)
     folder = args.export or args.out / "model"
-    size = export(folder, vae, transformer, text_encoder, args.tokenizer, specials)
+    size = export(folder, layout, vae, transformer, text_encoder, TOKENIZER, specials)
     print(f"{time.monotonic() - begun:.0f} s: exported {size} bytes to {folder}", flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -10,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from tools.default_model.data import PATCHES, WORDS, Shard, ShardSource, pictures
-from tools.default_model.models import SCHEDULER, JointAttention, encode_text, is_unused, rotary_tables, velocity
-from tools.default_model.optimiser import Average, Clock, Muon, split_matrices
+from tools.default_model.data import WORDS, Shard, ShardSource, pictures
+from tools.default_model.models import JointAttention, Layout, encode_text, is_unused, rotary_tables, velocity
+from tools.default_model.optimiser import Clock, split_matrices
+from tools.default_model.steps import Optimiser, Stepper
 from tools.default_model.tokens import PREFIX
 from tools.default_model.world import FORMATS
 
@@ -26,16 +27,32 @@ CAPTION_DROPOUT = 0.1
 """Share of samples whose caption is replaced with an empty one, for classifier-free guidance."""
 
 
-@dataclass
 class Pool:
-    """All samples of one canvas, on the device."""
+    """Room for the samples of one canvas on the device; it is filled while steps may already be recorded."""
 
-    latents: Tensor
-    """Packed, normalised and padded, (N, PATCHES, 64), bfloat16."""
-    ids: Tensor
-    """(N, PREFIX + WORDS), int16."""
-    counts: Tensor
-    """(N,), int16."""
+    def __init__(self, number: int, patches: int, width: int, device: str) -> None:
+        self.latents = torch.zeros(number, patches, width, dtype=torch.bfloat16, device=device)
+        """Packed, normalised and padded, (number, patches, width)."""
+        self.ids = torch.zeros(number, PREFIX + WORDS, dtype=torch.int16, device=device)
+        """Tokens, (number, PREFIX + WORDS)."""
+        self.counts = torch.full((number,), PREFIX + 1, dtype=torch.int16, device=device)
+        """Tokens that are real, (number,)."""
+        self.filled = torch.ones((), device=device)
+        """Samples that are there (one empty one from the start)."""
+        self._next = 0
+
+    def append(self, latents: Tensor, ids: Tensor, counts: Tensor) -> None:
+        """Add samples; latents may have fewer tokens than there is room for."""
+        rows = slice(self._next, self._next + len(counts))
+        self.latents[rows, : latents.shape[1]] = latents.to(self.latents.dtype)
+        self.ids[rows] = ids.to(self.ids)
+        self.counts[rows] = counts.to(self.counts)
+        self._next = rows.stop
+        self.filled.fill_(self._next)
+
+    def rows(self, number: int) -> Tensor:
+        """Random samples, as indices."""
+        return (torch.rand(number, device=self.filled.device, dtype=torch.float64) * self.filled).long()
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -45,51 +62,45 @@ def pack(latents: Tensor) -> Tensor:
     return latents.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
 
 
-def time_shift(tokens: int) -> float:
+def time_shift(layout: Layout, tokens: int) -> float:
     """Factor by which the pipeline's scheduler moves the times of a picture of that many tokens towards noise."""
-    slope = (SCHEDULER["max_shift"] - SCHEDULER["base_shift"]) / (
-        SCHEDULER["max_image_seq_len"] - SCHEDULER["base_image_seq_len"]
-    )
-    return math.exp(SCHEDULER["base_shift"] + slope * (tokens - SCHEDULER["base_image_seq_len"]))
+    config = layout.scheduler
+    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
+    return math.exp(config["base_shift"] + slope * (tokens - config["base_image_seq_len"]))
 
 
-def sample_times(number: int, tokens: int, device: str) -> Tensor:
+def sample_times(number: int, shift: float, device: str) -> Tensor:
     """Times 0..1: logit-normal with a fifth uniform, moved as in sampling, exact in bfloat16; (number,)."""
     times = torch.sigmoid(torch.randn(number, device=device))
     uniform = torch.rand(number, device=device)
     times = torch.where(torch.rand(number, device=device) < 0.2, uniform, times)
-    shift = time_shift(tokens)
     times = shift * times / (1 + (shift - 1) * times)
     return times.clamp(0.002, 0.998).bfloat16().float()
 
 
 @torch.no_grad()
-def encode_shard(vae: AutoencoderKLQwenImage, shard: Shard, canvas: tuple[int, int], device: str, batch: int) -> Pool:
-    """Draw a shard's pictures and encode them."""
+def append_shard(
+    pool: Pool, vae: AutoencoderKLQwenImage, shard: Shard, canvas: tuple[int, int], device: str, batch: int = 1000
+) -> None:
+    """Draw a shard's pictures, encode them and add them to the pool."""
     mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1)
     std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1)
-    parts = []
     for start in range(0, len(shard.counts), batch):
-        images = pictures(shard, slice(start, start + batch), canvas, device)
+        rows = slice(start, start + batch)
+        images = pictures(shard, rows, canvas, device)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
             moments = vae.quant_conv(vae.encoder(images.unsqueeze(2))).squeeze(2)
         latents = (moments.float().chunk(2, dim=1)[0] - mean) / std
-        packed = pack(latents).bfloat16()
-        parts.append(functional.pad(packed, (0, 0, 0, PATCHES - packed.shape[1])))
-    ids = torch.from_numpy(shard.ids).to(device).short()
-    return Pool(torch.cat(parts), ids, torch.from_numpy(shard.counts).to(device).short())
+        pool.append(pack(latents), torch.from_numpy(shard.ids[rows]), torch.from_numpy(shard.counts[rows]))
 
 
-def make_pools(vae: AutoencoderKLQwenImage, source: ShardSource, device: str, batch: int = 1000) -> list[Pool]:
-    """Encode everything that was ordered; one pool per canvas. The autoencoder must be flat and on the device."""
-    pools = []
-    for canvas in FORMATS:
+def fill_pools(pools: list[Pool], vae: AutoencoderKLQwenImage, source: ShardSource, device: str) -> None:
+    """Encode everything that was ordered. The autoencoder must be flat and on the device."""
+    for canvas, pool in zip(FORMATS, pools, strict=True):
         begun = time.monotonic()
-        parts = [encode_shard(vae, shard, canvas, device, batch) for shard in source.shards(canvas)]
-        pool = Pool(*(torch.cat([getattr(p, name) for p in parts]) for name in ("latents", "ids", "counts")))
-        print(f"pool {canvas}: {len(pool.counts)} samples in {time.monotonic() - begun:.0f} s", flush=True)
-        pools.append(pool)
-    return pools
+        for shard in source.shards(canvas):
+            append_shard(pool, vae, shard, canvas, device)
+        print(f"pool {canvas}: {int(pool.filled)} samples in {time.monotonic() - begun:.0f} s", flush=True)
 
 
 class Trainer:
@@ -97,6 +108,7 @@ class Trainer:
 
     def __init__(
         self,
+        layout: Layout,
         text_encoder: Qwen2_5_VLForConditionalGeneration,
         transformer: QwenImageTransformer2DModel,
         pools: list[Pool],
@@ -105,8 +117,11 @@ class Trainer:
     ) -> None:
         self._text_encoder, self._transformer, self._pools, self._device = text_encoder, transformer, pools, device
         transformer.set_attn_processor(JointAttention())
-        self._tables = [rotary_tables(transformer, h // 16, w // 16, WORDS, PATCHES) for w, h in FORMATS]
-        self._patches = [(w // 16) * (h // 16) for w, h in FORMATS]
+        self._patches = [layout.patches(canvas) for canvas in FORMATS]
+        self._room = max(self._patches)
+        cell = layout.cell
+        self._tables = [rotary_tables(transformer, h // cell, w // cell, WORDS, self._room) for w, h in FORMATS]
+        self._shifts = [time_shift(layout, patches) for patches in self._patches]
         self._empty_ids = torch.zeros(len(empty), PREFIX + WORDS, dtype=torch.long, device=device)
         for index, ids in enumerate(empty):
             self._empty_ids[index, : len(ids)] = torch.tensor(ids, device=device)
@@ -115,18 +130,18 @@ class Trainer:
     def loss(self, which: int, number: int) -> Tensor:
         """Mean squared error of the velocity on a fresh batch of canvas `which`."""
         pool, device = self._pools[which], self._device
-        rows = torch.randint(len(pool.counts), (number,), device=device)
+        rows = pool.rows(number)
         clean, ids, counts = pool.latents[rows].float(), pool.ids[rows].long(), pool.counts[rows].long()
         drop = torch.rand(number, device=device) < CAPTION_DROPOUT
         kind = torch.randint(len(self._empty_counts), (number,), device=device)
         ids = torch.where(drop[:, None], self._empty_ids[kind], ids)
         counts = torch.where(drop, self._empty_counts[kind], counts)
         patches = self._patches[which]
-        times = sample_times(number, patches, device)
+        times = sample_times(number, self._shifts[which], device)
         noise = torch.randn_like(clean)
         noisy = clean + times[:, None, None] * (noise - clean)
         words = torch.arange(WORDS, device=device)[None] < (counts - PREFIX)[:, None]
-        picture = (torch.arange(PATCHES, device=device) < patches).expand(number, -1)
+        picture = (torch.arange(self._room, device=device) < patches).expand(number, -1)
         mask = torch.cat([words, picture], dim=1)[:, None, None]
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
             text = encode_text(self._text_encoder, ids)[:, PREFIX:]
@@ -172,103 +187,63 @@ def compile_blocks(text_encoder: Qwen2_5_VLForConditionalGeneration, transformer
         block.compile(dynamic=False)
 
 
-class Stepper:
-    """One training step; on a GPU it can be recorded as a CUDA graph, since launching costs more than the work."""
-
-    def __init__(self, trainer: Trainer, named: list[tuple[str, nn.Parameter]], recipe: Recipe) -> None:
-        matrices, others = split_matrices(named)
-        self.parameters = matrices + others
-        device = others[0].device
-        self._trainer, self._recipe = trainer, recipe
-        self._muon = Muon(matrices, recipe.muon_lr)
-        self._scale = torch.zeros((), device=device)
-        self._lr = torch.zeros((), device=device)
-        self._adam = torch.optim.AdamW(
-            others, lr=self._lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=others[0].is_cuda
-        )
-        self.average = Average(self.parameters, recipe.average)
-        self.total = torch.zeros((), device=device)
-        self._graphs: list[torch.cuda.CUDAGraph] = []
-
-    def _body(self, which: int) -> None:
-        loss = self._trainer.loss(which, self._recipe.batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
-        self._adam.step()
-        self._muon.step(self._scale)
-        self.average.update()
-        self.total += loss.detach()
-
-    def _forget_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def record(self) -> None:
-        """Record the graphs; steps must have been run before on every canvas."""
-        torch.cuda.synchronize()
+def make_stepper(trainer: Trainer, named: list[tuple[str, nn.Parameter]], recipe: Recipe) -> Stepper:
+    """The training steps, one kind per canvas; run, and recorded if the recipe says so."""
+    begun = time.monotonic()
+    matrices, others = split_matrices(named)
+    optimiser = Optimiser(matrices, others, recipe.muon_lr, recipe.adam_lr, recipe.average)
+    losses = [functools.partial(trainer.loss, which, recipe.batch) for which in range(len(FORMATS))]
+    stepper = Stepper(losses, optimiser)
+    stepper.warm()
+    print(f"first steps took {time.monotonic() - begun:.0f} s", flush=True)
+    if recipe.graphs:
+        stepper.record()
         for which in range(len(FORMATS)):
-            self._forget_gradients()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._body(which)
-            self._graphs.append(graph)
-
-    def step(self, which: int, scale: float) -> None:
-        """Train on one batch of canvas `which` with the recipe's rates times scale."""
-        self._scale.fill_(scale)
-        self._lr.fill_(scale * self._recipe.adam_lr)
-        if self._graphs:
-            self._graphs[which].replay()
-            return
-        self._forget_gradients()
-        self._body(which)
+            begun = time.monotonic()
+            for _ in range(5):
+                stepper.step(which, 0.0)
+            stepper.total.item()
+            print(f"recorded step {which}: {(time.monotonic() - begun) / 5 * 1000:.1f} ms", flush=True)
+        optimiser.restart()
+        stepper.total.zero_()
+    return stepper
 
 
-def train_model(
-    trainer: Trainer, named: list[tuple[str, nn.Parameter]], recipe: Recipe, save: Callable[[], None], seed: int = 0
-) -> None:
+def train_model(stepper: Stepper, recipe: Recipe, save: Callable[[], None], seed: int = 0) -> None:
     """Train for a time and leave the averaged weights in place.
 
     Args:
-        trainer: makes losses.
-        named: the parameters with their names.
+        stepper: from `make_stepper`.
         recipe: sizes and rates.
         save: called about every 90 seconds and at the end, with the averaged weights in place.
         seed: of batches, times and noise.
     """
     torch.manual_seed(seed)
-    stepper = Stepper(trainer, named, recipe)
     generator = torch.Generator().manual_seed(seed)
-    clock, step = Clock(recipe.seconds, recipe.warmup), 0
+    clock, step, shares = Clock(recipe.seconds, recipe.warmup), 0, torch.tensor(SHARES)
     begun = saved = time.monotonic()
-    while clock.share < 1 or step < 12:
-        which = int(torch.multinomial(torch.tensor(SHARES), 1, generator=generator)) if step >= 6 else step % 3
+    clock.restart(recipe.deadline)
+    while clock.share < 1:
         scale = clock.scale()
-        stepper.step(which, scale)
+        stepper.step(int(torch.multinomial(shares, 1, generator=generator)), scale)
         step += 1
-        if step == 6:
-            if recipe.graphs:
-                stepper.record()
-            print(f"first steps took {time.monotonic() - begun:.0f} s", flush=True)
-            clock.restart(recipe.deadline)
-            stepper.total.zero_()
-        if step % 50 == 6:
+        if step % 25 == 0:
             stepper.total.item()  # waits for the GPU, so that the clock is right
-        if step % 250 == 6 and step > 6:
+        if step % 250 == 0:
             loss = stepper.total.item() / 250
             print(f"{time.monotonic() - begun:.0f} s step {step} loss {loss:.4f} rate {scale:.3f}", flush=True)
             stepper.total.zero_()
         if time.monotonic() - saved > 90:
-            _save_average(stepper, save)
+            _save_average(stepper.optimiser, save)
             saved = time.monotonic()
     print(f"{step} steps of {recipe.batch} in {time.monotonic() - begun:.0f} s", flush=True)
-    stepper.average.install()
+    stepper.optimiser.average.install()
     save()
 
 
-def _save_average(stepper: Stepper, save: Callable[[], None]) -> None:
-    backup = [p.detach().clone() for p in stepper.parameters]
-    stepper.average.install()
+def _save_average(optimiser: Optimiser, save: Callable[[], None]) -> None:
+    backup = [p.detach().clone() for p in optimiser.parameters]
+    optimiser.average.install()
     save()
     with torch.no_grad():
-        torch._foreach_copy_(stepper.parameters, backup)
+        torch._foreach_copy_(optimiser.parameters, backup)

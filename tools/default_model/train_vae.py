@@ -1,8 +1,13 @@
-"""Trains the autoencoder. A picture is one frame, so its 3-D convolutions are trained as the 2-D ones they then are."""
+"""Trains the autoencoder: `python -m tools.default_model.train_vae --out FOLDER`. See README.md.
+
+A picture is one frame, so the 3-D convolutions are trained as the 2-D ones they then are.
+"""
 
 from __future__ import annotations
 
+import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +18,11 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tools.default_model.data import ShardSource
-from tools.default_model.optimiser import Average, Clock
+from tools.default_model.data import SHARD, TOKENIZER, ShardSource, pictures
+from tools.default_model.models import LAYOUTS, make_vae
+from tools.default_model.optimiser import Clock
 from tools.default_model.shapes import draw
+from tools.default_model.steps import Optimiser, Stepper
 from tools.default_model.world import FORMATS
 
 
@@ -69,14 +76,14 @@ def channels_last(vae: AutoencoderKLQwenImage) -> None:
 
 
 def encode(vae: AutoencoderKLQwenImage, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and logarithm of the variance of the latents of pictures (B, 3, H, W), each (B, z, H/8, W/8)."""
+    """Mean and logarithm of the variance of the latents of pictures (B, 3, H, W), each (B, z, h, w)."""
     moments = vae.quant_conv(vae.encoder(images.unsqueeze(2)))
     mean, logvar = moments.squeeze(2).chunk(2, dim=1)
     return mean, logvar.clamp(-12, 4)
 
 
 def decode(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) of latents (B, z, H/8, W/8)."""
+    """Pictures (B, 3, H, W) of latents (B, z, h, w)."""
     out: Tensor = vae.decoder(vae.post_quant_conv(latents.unsqueeze(2))).squeeze(2)
     return out
 
@@ -96,8 +103,8 @@ class Loss:
     decoder_only: bool = False
     """Leave the encoder as it is, so that a transformer trained on its latents stays right."""
 
-    def __call__(self, vae: AutoencoderKLQwenImage, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The training loss and the plain absolute error of pictures (B, 3, H, W), -1..1."""
+    def __call__(self, vae: AutoencoderKLQwenImage, images: Tensor) -> Tensor:
+        """The training loss on pictures (B, 3, H, W), -1..1."""
         with torch.set_grad_enabled(not self.decoder_only):
             mean, logvar = (part.float() for part in encode(vae, images))
         std = torch.rand(len(images), 1, 1, 1, device=images.device) * self.noise
@@ -109,7 +116,7 @@ class Loss:
         loss = error + 0.5 * edges + (out - images).square().mean()
         if not self.decoder_only:
             loss = loss + self.kl_weight * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return loss, error
+        return loss
 
 
 DEFAULT_LOSS = Loss()
@@ -122,13 +129,57 @@ def _scenes(source: ShardSource, device: str) -> tuple[Tensor, Tensor]:
     return primitives, torch.from_numpy(np.concatenate([shard.backgrounds for shard in shards])).to(device)
 
 
+def _optimiser(vae: AutoencoderKLQwenImage, decoder_only: bool, muon_lr: float, adam_lr: float) -> Optimiser:
+    """Muon for the kernels inside, AdamW for the first and last layers, biases and norms."""
+    fixed = ("encoder.", "quant_conv.") if decoder_only else ()
+    matrices, others = [], []
+    for name, parameter in vae.named_parameters():
+        if "time_conv" in name or name.startswith(fixed):
+            continue
+        inside = parameter.ndim == 4 and not any(end in name for end in ("conv_in", "conv_out", "quant_conv"))
+        (matrices if inside else others).append(parameter)
+    return Optimiser(matrices, others, muon_lr, adam_lr, 0.998)
+
+
+def _loss(
+    vae: AutoencoderKLQwenImage, scenes: tuple[Tensor, Tensor], batch: int, objective: Loss
+) -> Callable[[], Tensor]:
+    primitives, backgrounds = scenes
+    device = primitives.device
+    height, width = FORMATS[0]
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(primitives), (batch,), device=device)
+        images = draw(primitives[rows], backgrounds[rows], height, width, compiled=device.type == "cuda") * 2 - 1
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return objective(vae, images)
+
+    return loss
+
+
+@dataclass(frozen=True)
+class VaeRecipe:
+    """How to train the autoencoder."""
+
+    seconds: float
+    """Time of training, compilation excluded."""
+    batch: int = 128
+    """Pictures per step."""
+    muon_lr: float = 0.02
+    """Largest learning rate of the kernels."""
+    adam_lr: float = 2e-3
+    """Largest learning rate of the rest."""
+    graphs: bool = False
+    """Whether to record the steps as CUDA graphs."""
+    deadline: float = float("inf")
+    """When training ends at the latest, as time.monotonic counts."""
+
+
 def train_vae(
     vae: AutoencoderKLQwenImage,
     source: ShardSource,
-    seconds: float,
-    batch: int,
+    recipe: VaeRecipe,
     device: str,
-    lr: float = 2e-3,
     objective: Loss = DEFAULT_LOSS,
 ) -> AutoencoderKLQwenImage:
     """Train for a time; returns a new autoencoder in the released layout.
@@ -136,43 +187,37 @@ def train_vae(
     Args:
         vae: a new one, or one to go on with.
         source: where the scenes come from.
-        seconds: time of training, compilation excluded.
-        batch: pictures per step.
+        recipe: sizes and rates.
         device: to train on.
-        lr: largest learning rate.
         objective: the loss.
     """
     fresh = AutoencoderKLQwenImage.from_config(vae.config)
     flatten(vae)
-    cuda = device.startswith("cuda")
     vae.to(device)
-    if cuda:
+    if device.startswith("cuda"):
         channels_last(vae)
         vae.encoder.compile(dynamic=False)
         vae.decoder.compile(dynamic=False)
-    fixed = ("encoder.", "quant_conv.") if objective.decoder_only else ()
-    parameters = [p for n, p in vae.named_parameters() if "time_conv" not in n and not n.startswith(fixed)]
-    adam = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda)
-    average = Average(parameters, 0.998)
-    primitives, backgrounds = _scenes(source, device)
-    clock, begun, step = Clock(seconds, warmup=60), time.monotonic(), 0
-    while clock.share < 1 or step < 4:
+    begun = time.monotonic()
+    loss = _loss(vae, _scenes(source, device), recipe.batch, objective)
+    stepper = Stepper([loss], _optimiser(vae, objective.decoder_only, recipe.muon_lr, recipe.adam_lr))
+    stepper.warm()
+    if recipe.graphs:
+        stepper.record()
+    clock, step = Clock(recipe.seconds, warmup=100), 0
+    clock.restart(recipe.deadline)
+    print(f"vae: first steps took {time.monotonic() - begun:.0f} s", flush=True)
+    while clock.share < 1:
+        stepper.step(0, clock.scale())
         step += 1
-        if step == 4:
-            clock.restart()
-        rows = torch.randint(len(primitives), (batch,), device=device)
-        images = draw(primitives[rows], backgrounds[rows], *FORMATS[0], compiled=cuda) * 2 - 1
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=cuda):
-            loss, error = objective(vae, images)
-        adam.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        adam.param_groups[0]["lr"] = lr * clock.scale()
-        adam.step()
-        average.update()
-        if step % 200 == 0 or step in (1, 3):
-            print(f"vae {time.monotonic() - begun:.0f} s step {step} loss {loss:.4f} error {error:.4f}", flush=True)
-    average.install()
+        if step % 25 == 0:
+            stepper.total.item()  # waits for the GPU, so that the clock is right
+        if step % 250 == 0:
+            loss_now = stepper.total.item() / 250
+            print(f"vae {time.monotonic() - begun:.0f} s step {step} loss {loss_now:.4f}", flush=True)
+            stepper.total.zero_()
+    stepper.optimiser.average.install()
+    print(f"vae: {step} steps of {recipe.batch}", flush=True)
     return unflatten(vae.cpu(), fresh)
 
 
@@ -186,13 +231,49 @@ def measure(vae: AutoencoderKLQwenImage, images: Tensor) -> tuple[list[float], l
     return mean.tolist(), std.tolist(), float(-10 * np.log10(error))
 
 
-def save_vae(
-    vae: AutoencoderKLQwenImage, images: Tensor, folder: Path, keep_scale: bool = False
-) -> AutoencoderKLQwenImage:
-    """Measure the latents, write them into the configuration (unless keep_scale) and save the autoencoder (float32)."""
+def save_vae(vae: AutoencoderKLQwenImage, images: Tensor, folder: Path, keep_scale: bool = False) -> None:
+    """Measure the latents, write them into the configuration (unless keep_scale) and save the autoencoder (float32).
+
+    The folder appears when it is complete: another process may wait for it.
+    """
     mean, std, psnr = measure(vae, images)
     print(f"vae psnr {psnr:.2f} dB, latents' std {min(std):.2f} to {max(std):.2f}", flush=True)
     if not keep_scale:
         vae.register_to_config(latents_mean=mean, latents_std=std)
-    vae.save_pretrained(folder)
-    return vae
+    partial = folder.with_name(folder.name + ".part")
+    vae.save_pretrained(partial)
+    partial.rename(folder)
+
+
+def main() -> None:
+    """Train the autoencoder and save it."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist")
+    parser.add_argument("--start", type=Path, help="an autoencoder to go on with")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="fine")
+    parser.add_argument("--decoder-only", action="store_true", help="leave the encoder and its latents as they are")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=100000)
+    parser.add_argument("--seconds", type=float, default=100, help="of training, compilation excluded")
+    parser.add_argument("--total-seconds", type=float, default=float("inf"), help="end the training by then")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--adam-lr", type=float, default=2e-3)
+    parser.add_argument("--graphs", action="store_true", help="record the steps as CUDA graphs")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    begun = time.monotonic()
+    torch.manual_seed(args.seed)
+    recipe = VaeRecipe(args.seconds, args.batch, args.muon_lr, args.adam_lr, args.graphs, begun + args.total_seconds)
+    with ShardSource(2000003 * (args.seed + 1), TOKENIZER, args.workers) as source:
+        source.order(FORMATS[0], args.samples, min(SHARD, max(args.samples // args.workers, 1)))
+        vae = AutoencoderKLQwenImage.from_pretrained(args.start) if args.start else make_vae(LAYOUTS[args.layout])
+        vae = train_vae(vae.float(), source, recipe, args.device, Loss(decoder_only=args.decoder_only))
+        first = next(iter(source.shards(FORMATS[0])))
+    images = pictures(first, slice(0, 256), FORMATS[0], args.device)
+    save_vae(vae.to(args.device), images, args.out, keep_scale=args.decoder_only)
+
+
+if __name__ == "__main__":
+    main()
