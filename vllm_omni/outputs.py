@@ -10,6 +10,27 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
 
+@dataclass(frozen=True)
+class Preview:
+    """What a picture request is going to become, as far as can be told after one of its steps."""
+
+    step: int
+    """Steps done."""
+    total: int
+    """Steps in all."""
+    images: Any
+    """[B, h, w, 3] uint8: one small picture for each that is being made."""
+    size: tuple[int, int]
+    """Width and height of the pictures that are being made."""
+
+    def pictures(self) -> list[Any]:
+        """PIL images of full size."""
+        from PIL import Image
+
+        bicubic = Image.Resampling.BICUBIC
+        return [Image.fromarray(picture).resize(self.size, bicubic) for picture in self.images]
+
+
 @dataclass
 class OmniRequestOutput:
     """One output of one request: of a stage that makes text, pictures, sound or video.

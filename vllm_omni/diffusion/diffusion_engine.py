@@ -34,6 +34,7 @@ from vllm_omni.engine.stage_engine import (
     StageFailure,
     StageInfo,
     StageInput,
+    StagePreview,
     StageProgress,
 )
 from vllm_omni.errors import DeadlineError, OmniError, OutOfMemoryError, RequestError, StageError, from_wire
@@ -141,6 +142,8 @@ class DiffusionEngine(StageEngine):
                 field="sampling_params",
             )
         params.validate()
+        if params.num_previews and not self._facts["previews"]:
+            raise RequestError(f"num_previews: {self._facts['pipeline']} shows no previews", field="num_previews")
         params = params.clone()
         if params.seed is None and params.generator is None:
             default = self.od_config.default_seed
@@ -265,6 +268,11 @@ class DiffusionEngine(StageEngine):
             self._fit_limit = result.token_limits["fit"]
             self._scheduler.token_limit = min(result.token_limits["denoise"], self._oom_limit)
             self._scheduler.decode_limit = result.token_limits["decode"]
+        for preview in result.previews:
+            request = self._open.get(preview.request_id)
+            if request is not None and request.steps is not None:
+                shown = preview.images, preview.size
+                events.append(StagePreview(preview.request_id, preview.step, request.steps, *shown))
         for request_id, output in result.outputs.items():
             events.append(self._finished(request_id, output))
 

@@ -108,6 +108,18 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Preview:
+    """What a request is going to become, after one of its steps."""
+
+    request_id: str
+    step: int
+    images: Any
+    """[B, h, w, 3] uint8, a numpy array."""
+    size: tuple[int, int]
+    """Width and height of the pictures that are being made."""
+
+
+@dataclass(frozen=True, slots=True)
 class UnitError:
     """A unit failed on a rank; the rank goes on."""
 
@@ -130,6 +142,8 @@ class StepResult:
     encoded: dict[str, Encoded] = field(default_factory=dict)
     outputs: dict[str, Output] = field(default_factory=dict)
     """Requests whose output is on the host; perhaps of an earlier unit."""
+    previews: list[Preview] = field(default_factory=list)
+    """Previews that are on the host; perhaps of an earlier unit."""
     pending: int = 0
     """Outputs that the device still works on."""
     error: UnitError | None = None

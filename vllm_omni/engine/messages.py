@@ -117,6 +117,15 @@ class Progress(msgspec.Struct, tag=True, array_like=True, frozen=True):
     total: int
 
 
+class Preview(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """What a request is going to become. Payload: the pictures, an array."""
+
+    request_id: str
+    step: int
+    total: int
+    size: tuple[int, int]
+
+
 class Failure(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """A request failed; the stage goes on."""
 
@@ -136,7 +145,7 @@ class Stopped(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 ToStage = Start | Submit | Abort | Call | Shutdown
-ToDriver = Ready | Failed | Output | Progress | Failure | Returned | Stopped
+ToDriver = Ready | Failed | Output | Progress | Preview | Failure | Returned | Stopped
 Message = ToStage | ToDriver
 
 RECEIVE_BYTES = 256 * 1024

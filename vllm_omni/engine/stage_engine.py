@@ -51,6 +51,19 @@ class StageProgress:
 
 
 @dataclass(frozen=True)
+class StagePreview:
+    """What a request is going to become, as far as can be told after ``step`` of ``total`` steps."""
+
+    request_id: str
+    step: int
+    total: int
+    images: Any
+    """[B, h, w, 3] uint8, smaller than the pictures themselves."""
+    size: tuple[int, int]
+    """Width and height of the pictures themselves."""
+
+
+@dataclass(frozen=True)
 class StageChunk:
     """Output of a request. ``finished`` marks its last one."""
 
@@ -68,7 +81,7 @@ class StageFailure:
     error: OmniError
 
 
-StageEvent = StageProgress | StageChunk | StageFailure
+StageEvent = StageProgress | StagePreview | StageChunk | StageFailure
 
 
 @dataclass(frozen=True)

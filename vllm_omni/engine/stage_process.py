@@ -28,7 +28,14 @@ from typing import Any
 from vllm_omni.distributed.omni_connectors.utils.arena import Arena
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine import messages as m
-from vllm_omni.engine.stage_engine import StageChunk, StageEngine, StageEvent, StageInput, StageProgress
+from vllm_omni.engine.stage_engine import (
+    StageChunk,
+    StageEngine,
+    StageEvent,
+    StageInput,
+    StagePreview,
+    StageProgress,
+)
 from vllm_omni.errors import ConfigError, OmniError, StageError
 from vllm_omni.process import die_with_parent, name_process
 
@@ -132,6 +139,9 @@ class _Stage:
     def _frame(self, event: StageEvent) -> bytes:
         if isinstance(event, StageProgress):
             return m.frame(m.Progress(event.request_id, event.step, event.total))
+        if isinstance(event, StagePreview):
+            payload = self.codec.encode(event.images, holder=os.getppid())
+            return m.frame(m.Preview(event.request_id, event.step, event.total, event.size), payload)
         if isinstance(event, StageChunk):
             now = time.monotonic()
             times = self._times.get(event.request_id, [now, now])

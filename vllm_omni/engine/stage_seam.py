@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from vllm_omni.engine.stage_engine import StageInfo
 from vllm_omni.errors import OmniError, StageDeadError
+from vllm_omni.outputs import Preview
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,9 @@ class StageListener(Protocol):
 
     def on_progress(self, stage_id: int, request_id: str, step: int, total: int) -> None:
         """A request got one step further."""
+
+    def on_preview(self, stage_id: int, request_id: str, preview: Preview) -> None:
+        """What a request is going to become; only for requests that ask for previews."""
 
     def on_failure(self, stage_id: int, request_id: str, error: OmniError) -> None:
         """The stage failed on one request."""

@@ -16,7 +16,7 @@ from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine.stage_engine import StageInfo
 from vllm_omni.entrypoints import omni_args
 from vllm_omni.entrypoints.orchestrator import Orchestrator
-from vllm_omni.entrypoints.params import default_params, params_for
+from vllm_omni.entrypoints.params import check_previews, default_params, params_for
 from vllm_omni.entrypoints.results import build_output
 from vllm_omni.entrypoints.running_stages import RunningStages, start_stages
 from vllm_omni.entrypoints.sinks import AsyncSink
@@ -24,7 +24,7 @@ from vllm_omni.entrypoints.stage_graph import StageGraph
 from vllm_omni.errors import RequestError, StageDeadError
 from vllm_omni.inputs.data import OmniPromptType, OmniSamplingParams
 from vllm_omni.logger import init_logger
-from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.outputs import OmniRequestOutput, Preview
 from vllm_omni.process import WatchedProcess
 from vllm_omni.request import Deadline, OmniRequest, check_prompt
 
@@ -78,6 +78,7 @@ class AsyncOmni:
         output_modalities: Sequence[str] | None = None,
         timeout: float | None = None,
         on_progress: Callable[[int, int, int], None] | None = None,
+        on_preview: Callable[[int, Preview], None] | None = None,
     ) -> AsyncGenerator[OmniRequestOutput, None]:
         """Run one request; yields the outputs of the final stages as they come.
 
@@ -92,6 +93,7 @@ class AsyncOmni:
             output_modalities: kinds of output wanted; stages that these do not need are not run. Default: all.
             timeout: seconds for the whole request.
             on_progress: called with stage id, steps done and steps in all after every step; must not block.
+            on_preview: called with stage id and preview, when the sampling parameters ask for previews; must not block.
 
         Raises:
             RequestError: the prompt or a parameter is wrong.
@@ -101,8 +103,9 @@ class AsyncOmni:
         """
         name, params = _sort_arguments(request_id, sampling_params_list, sampling_params)
         request = self.make_request(prompt, name, params, output_modalities=output_modalities, timeout=timeout)
+        check_previews(request.sampling_params, on_preview)
         await self.attach()
-        stream = AsyncSink(on_progress)
+        stream = AsyncSink(on_progress, on_preview)
         key = self._orchestrator.open(request, stream)
         try:
             async for stage_id, data, finished, times in stream:

@@ -11,13 +11,13 @@ from typing import Any
 
 from vllm_omni.entrypoints.async_omni import AsyncOmni, SamplingParamsArg
 from vllm_omni.entrypoints.loop_thread import LoopThread
-from vllm_omni.entrypoints.params import whole_answers, with_negative
+from vllm_omni.entrypoints.params import check_previews, whole_answers, with_negative
 from vllm_omni.entrypoints.progress import Progress
 from vllm_omni.entrypoints.results import join
 from vllm_omni.entrypoints.sinks import EventQueue, QueueSink
 from vllm_omni.errors import OmniError, RequestError, StageDeadError
 from vllm_omni.inputs.data import OmniPromptType, OmniSamplingParams
-from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.outputs import OmniRequestOutput, Preview
 from vllm_omni.request import OmniRequest
 
 _ONE = (str, bytes, Mapping)
@@ -48,6 +48,7 @@ class Omni:
         negative_prompts: str | Sequence[str | None] | None = None,
         output_modalities: Sequence[str] | None = None,
         timeout: float | None = None,
+        on_preview: Callable[[int, int, Preview], None] | None = None,
         **loose: Any,
     ) -> list[OmniRequestOutput] | Generator[OmniRequestOutput, None, None]:
         """Run prompts; all at once, the stages batch them.
@@ -64,6 +65,7 @@ class Omni:
             negative_prompts: one for all prompts, or one each.
             output_modalities: kinds of output wanted, such as ``["text"]``. Default: all that the model makes.
             timeout: seconds for the whole call.
+            on_preview: called with index of the prompt, stage id and preview (sampling parameter ``num_previews``).
             **loose: fields of ``OmniDiffusionSamplingParams`` (``height=512``), set over the sampling parameters.
 
         Raises ``RequestError`` (bad input), ``DeadlineError`` (``timeout`` is over), ``StageError`` (a stage failed;
@@ -81,7 +83,10 @@ class Omni:
         ]
         if not py_generator:
             requests = [_whole(request) for request in requests]
-        run = self._outputs(requests, Progress(use_tqdm, len(many)))
+        for request in requests:
+            if isinstance(request, OmniRequest):
+                check_previews(request.sampling_params, on_preview)
+        run = self._outputs(requests, Progress(use_tqdm, len(many)), on_preview)
         if py_generator:
             return (output for _, output in run)
         ordered: list[list[OmniRequestOutput]] = [[] for _ in many]
@@ -100,7 +105,10 @@ class Omni:
             return error
 
     def _outputs(
-        self, requests: list[OmniRequest | OmniError], progress: Progress
+        self,
+        requests: list[OmniRequest | OmniError],
+        progress: Progress,
+        on_preview: Callable[[int, int, Preview], None] | None,
     ) -> Generator[tuple[int, OmniRequestOutput], None, None]:
         """(index of the prompt, output) as they are made; raises the first error by index when all have ended."""
         events: EventQueue = queue.SimpleQueue()
@@ -124,6 +132,9 @@ class Omni:
                             yield index, output
                     elif kind == "progress":
                         progress.step(*value)
+                    elif kind == "preview":
+                        if on_preview is not None:
+                            on_preview(index, *value)
                     else:
                         running.discard(index)
                         progress.ended(1)

@@ -23,6 +23,7 @@ from vllm_omni.entrypoints.stage_client import StageClient, StageOutput
 from vllm_omni.entrypoints.stage_graph import StageGraph, StageNode
 from vllm_omni.errors import OmniError, RequestAborted, StageDeadError, StageError, from_wire
 from vllm_omni.inputs.edge import EdgeInput
+from vllm_omni.outputs import Preview
 from vllm_omni.request import OmniRequest
 
 
@@ -34,6 +35,9 @@ class RequestSink(Protocol):
 
     def on_progress(self, stage_id: int, step: int, total: int) -> None:
         """A stage got one step further."""
+
+    def on_preview(self, stage_id: int, preview: Preview) -> None:
+        """What a stage is making, for requests that ask for it."""
 
     def on_end(self, error: OmniError | None) -> None:
         """The request has ended; the last call."""
@@ -266,6 +270,11 @@ class Orchestrator:
         flow = self._flows.get(request_id)
         if flow is not None:
             flow.sink.on_progress(stage_id, step, total)
+
+    def on_preview(self, stage_id: int, request_id: str, preview: Preview) -> None:
+        flow = self._flows.get(request_id)
+        if flow is not None:
+            flow.sink.on_preview(stage_id, preview)
 
     def on_failure(self, stage_id: int, request_id: str, error: OmniError) -> None:
         flow = self._flows.get(request_id)

@@ -3,7 +3,7 @@ arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -81,6 +81,15 @@ def params_for(
         if isinstance(params, OmniDiffusionSamplingParams):
             params.validate()
     return out
+
+
+def check_previews(params: Mapping[int, OmniSamplingParams], on_preview: Callable[..., None] | None) -> None:
+    """Raises ``RequestError`` when previews are to be made that nobody would see."""
+    if on_preview is not None:
+        return
+    for given in params.values():
+        if isinstance(given, OmniDiffusionSamplingParams) and given.num_previews:
+            raise RequestError("num_previews: needs on_preview, which is called with them", field="num_previews")
 
 
 def whole_answers(params: Mapping[int, OmniSamplingParams]) -> dict[int, OmniSamplingParams]:

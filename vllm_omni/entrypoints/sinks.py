@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from vllm_omni.errors import OmniError
+from vllm_omni.outputs import Preview
 
 Item: TypeAlias = tuple[int, dict[str, Any], bool, dict[str, Any]]
 """Stage, data, whether it is the stage's last, times."""
 EventQueue: TypeAlias = "queue.SimpleQueue[tuple[int, str, Any]]"
-"""(index of the prompt, ``output`` | ``progress`` | ``end``, value)."""
+"""(index of the prompt, ``output`` | ``progress`` | ``preview`` | ``end``, value)."""
 
 
 class AsyncSink:
@@ -21,10 +22,16 @@ class AsyncSink:
 
     Args:
         on_progress: called with stage id, steps done and steps in all after every step.
+        on_preview: called with stage id and preview, for requests that ask for previews.
     """
 
-    def __init__(self, on_progress: Callable[[int, int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        on_progress: Callable[[int, int, int], None] | None = None,
+        on_preview: Callable[[int, Preview], None] | None = None,
+    ) -> None:
         self._on_progress = on_progress
+        self._on_preview = on_preview
         self._items: deque[Item] = deque()
         self._ended = False
         self._error: OmniError | None = None
@@ -38,6 +45,11 @@ class AsyncSink:
         """Handed on as it is: the generator yields outputs alone."""
         if self._on_progress is not None:
             self._on_progress(stage_id, step, total)
+
+    def on_preview(self, stage_id: int, preview: Preview) -> None:
+        """Handed on as it is."""
+        if self._on_preview is not None:
+            self._on_preview(stage_id, preview)
 
     def on_end(self, error: OmniError | None) -> None:
         self._ended, self._error = True, error
@@ -73,6 +85,9 @@ class QueueSink:
 
     def on_progress(self, stage_id: int, step: int, total: int) -> None:
         self._events.put((self._index, "progress", (stage_id, step, total)))
+
+    def on_preview(self, stage_id: int, preview: Preview) -> None:
+        self._events.put((self._index, "preview", (stage_id, preview)))
 
     def on_end(self, error: OmniError | None) -> None:
         self._events.put((self._index, "end", error))

@@ -20,6 +20,7 @@ from vllm_omni.engine import messages as m
 from vllm_omni.engine.stage_seam import StageClient, StageListener, StageOutput
 from vllm_omni.entrypoints.stage_launch import StageHandle, dead_error
 from vllm_omni.errors import DeadlineError, OmniError, StageDeadError
+from vllm_omni.outputs import Preview
 
 __all__ = ["ProcessStageClient", "StageClient", "StageListener", "StageOutput"]
 
@@ -75,6 +76,10 @@ class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
             )
         elif isinstance(message, m.Progress):
             listener.on_progress(self.stage_id, message.request_id, message.step, message.total)
+        elif isinstance(message, m.Preview):
+            images = self._codec.decode(payload)
+            preview = Preview(message.step, message.total, images, message.size)
+            listener.on_preview(self.stage_id, message.request_id, preview)
         elif isinstance(message, m.Failure):
             listener.on_failure(self.stage_id, message.request_id, message.error.build())
         elif isinstance(message, m.Returned):

@@ -95,6 +95,9 @@ class OmniDiffusionSamplingParams:
     """Form of the pictures: PIL images, float arrays or tensors in [0, 1], or the final latents."""
     return_trajectory_latents: bool = False
     """Also return the latents after every step."""
+    num_previews: int = 0
+    """Small pictures of what is being made, handed to ``on_preview`` between the steps: so many, evenly spaced, but
+    at most one a step."""
     num_frames: int | None = None
     """Frames of a video."""
     fps: int | None = None
@@ -202,6 +205,7 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("seed", -(2**63), 2**64 - 1),
     ("num_outputs_per_prompt", 1, 64),
     ("max_sequence_length", 1, 8192),
+    ("num_previews", 0, 1000),
     ("num_frames", 1, 4096),
     ("fps", 1, 240),
     ("lora_scale", -10.0, 10.0),

@@ -78,6 +78,35 @@ def test_steps_are_streamed(flux: Server) -> None:
     assert events[-1]["type"] == "image_generation.completed"
 
 
+def test_previews(flux: Server) -> None:
+    """As OpenAI's client reads them: numbered, in between the steps, as large as the picture."""
+    more = {"num_inference_steps": 4, "output_format": "jpeg", "n": 2}
+    events = list(
+        flux.openai.images.generate(
+            prompt="x",
+            size="64x64",
+            stream=True,
+            partial_images=2,
+            extra_body=more,  # type: ignore[call-overload]
+        )
+    )
+    kinds = [event.type.removeprefix("image_generation.") for event in events]
+    both = ["partial_image", "partial_image"]
+    assert kinds == ["progress", *both, "progress", "progress", *both, "progress", "completed", "completed"]
+    shown = [event for event in events if event.type == "image_generation.partial_image"]
+    assert [(event.partial_image_index, event.image_index) for event in shown] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for event in (*shown, *events[-2:]):
+        image = Image.open(io.BytesIO(base64.b64decode(event.b64_json)))
+        assert (image.size, image.format, event.size) == ((64, 64), "JPEG", "64x64")
+        assert event.model_dump(include={"output_format", "background", "quality"}) == {
+            "output_format": "jpeg",
+            "background": "opaque",
+            "quality": "auto",
+        }
+    answer = flux.post(PATH, {"prompt": "x", "partial_images": 1})
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "partial_images")
+
+
 def test_what_the_model_does_not_take(flux: Server) -> None:
     answer = flux.post(PATH, {"prompt": "x", "size": "60x64"})
     assert (answer.status_code, error_of(answer)["param"]) == (400, "size")

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
+
 from vllm_omni.diffusion.data import DiffusionOutput
 from vllm_omni.diffusion.models.common.state import Branches, DenoiseState
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -20,6 +22,14 @@ class DiffusionPipeline(Protocol):
 
     def forward(self, req: OmniDiffusionRequest) -> DiffusionOutput:
         """Make the pictures of one request."""
+
+
+@runtime_checkable
+class SupportsPreviews(Protocol):
+    """A pipeline that can show between two steps what it is making."""
+
+    def preview(self, state: DenoiseState) -> torch.Tensor | None:
+        """Small pictures, [B, 3, h, w] in [-1, 1], after a step of ``state.preview_steps``; else None."""
 
 
 @runtime_checkable

@@ -18,11 +18,11 @@ from vllm_omni.diffusion.ipc import Accepted, Encoded, StepPlan, StepResult
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 from vllm_omni.diffusion.models.common.pipeline import DiTPipeline
 from vllm_omni.diffusion.models.common.state import DenoiseState
-from vllm_omni.diffusion.models.interface import DiffusionPipeline, SupportsStepExecution
+from vllm_omni.diffusion.models.interface import DiffusionPipeline, SupportsPreviews, SupportsStepExecution
 from vllm_omni.diffusion.registry import get_diffusion_post_process_func
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.memory import MemoryMeter
-from vllm_omni.diffusion.worker.outputs import PendingOutput, PostProcess, start_images, to_host
+from vllm_omni.diffusion.worker.outputs import PendingOutput, PendingPreview, PostProcess, start_images, to_host
 from vllm_omni.errors import ConfigError, RequestError, StageError
 from vllm_omni.logger import init_logger
 
@@ -58,6 +58,7 @@ class DiffusionModelRunner:
         self._post_process: PostProcess | None = None
         self._requests: dict[str, _Request] = {}
         self._pending: dict[str, PendingOutput] = {}
+        self._previews: deque[PendingPreview] = deque()
         self._buckets: dict[Hashable, int] = {}
         self._in_flight: deque[torch.cuda.Event] = deque()
 
@@ -95,6 +96,7 @@ class DiffusionModelRunner:
         self.facts = {
             "pipeline": name,
             "by_steps": self.by_steps,
+            "previews": self.by_steps and isinstance(pipeline, SupportsPreviews),
             "sampling": sampling_facts(pipeline),
             "load_s": round(loaded - started, 3),
             "weight_bytes": sum(p.numel() * p.element_size() for p in pipeline.parameters()),
@@ -109,6 +111,7 @@ class DiffusionModelRunner:
         self._post_process = None
         self._requests.clear()
         self._pending.clear()
+        self._previews.clear()
         self.free_caches()
 
     def free_caches(self) -> None:
@@ -145,6 +148,8 @@ class DiffusionModelRunner:
                 break
             del self._pending[request_id]
             result.outputs[request_id] = pending.output()
+        while self._previews and self._previews[0].ready():
+            result.previews.append(self._previews.popleft().preview())
         result.pending = len(self._pending)
         result.token_limits = {kind: self.meter.token_limit(kind) for kind in ("denoise", "decode")}
         result.token_limits["fit"] = self.meter.fit_limit()
@@ -233,6 +238,19 @@ class DiffusionModelRunner:
             self.meter.measure("denoise", sum(_tokens(state) for state in states)),
         ):
             self._steps().denoise_step(states)
+        if self.rank == 0:
+            self._start_previews(states)
+
+    def _start_previews(self, states: Sequence[DenoiseState]) -> None:
+        """Show what the states that want it are going to become."""
+        pipeline = self.pipeline
+        for state in states:
+            if state.step_index in state.preview_steps and isinstance(pipeline, SupportsPreviews):
+                with set_forward_context(self.od_config, phase="decode"):
+                    images_BCHW = pipeline.preview(state)
+                if images_BCHW is not None:
+                    pending = PendingPreview.start(images_BCHW, state.request_id, state.step_index, state.size)
+                    self._previews.append(pending)
 
     def _decode(self, held: Sequence[_Request]) -> None:
         """Latents to pictures: one call for all of them (same shape), then one output each."""

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from vllm_omni.diffusion.data import DiffusionOutput
-from vllm_omni.diffusion.ipc import Output
+from vllm_omni.diffusion.ipc import Output, Preview
 from vllm_omni.diffusion.models.common.images import postprocess_images
 
 PostProcess = Callable[[torch.Tensor], Any]
@@ -79,6 +79,38 @@ def start_images(
         return out.output.new_empty(0, device="cpu"), lambda _: made
     on_device, on_host = _FORMS[output_type]
     return to_host(on_device(out.output)), on_host
+
+
+@dataclass
+class PendingPreview:
+    """A preview on its way to the host."""
+
+    event: torch.cuda.Event | None
+    request_id: str
+    step: int
+    images_BHWC: torch.Tensor
+    size: tuple[int, int]
+
+    @classmethod
+    def start(
+        cls, images_BCHW: torch.Tensor, request_id: str, step: int, height_width: tuple[int, int]
+    ) -> PendingPreview:
+        """Begin to bring pictures in [-1, 1] to the host."""
+        host = to_host(to_uint8(images_BCHW))
+        assert host is not None
+        event = None
+        if images_BCHW.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        return cls(event, request_id, step, host, (height_width[1], height_width[0]))
+
+    def ready(self) -> bool:
+        """Whether it has arrived."""
+        return self.event is None or bool(self.event.query())
+
+    def preview(self) -> Preview:
+        """The preview, once it is there."""
+        return Preview(self.request_id, self.step, self.images_BHWC.numpy(), self.size)
 
 
 @dataclass

@@ -20,6 +20,7 @@ SAMPLING = FlagGroup(
     {
         "generator": "a torch object; --seed names the noise",
         "latents": "a tensor",
+        "num_previews": "the command line shows the steps alone",
         "lora_request": "an object of the Python interface",
     },
 )

@@ -113,7 +113,7 @@ async def _chunks(
                 if isinstance(event, tuple):
                     stage_id, step, total = event
                     yield chunk(role, progress={"stage_id": stage_id, "step": step, "total": total})
-                else:
+                elif isinstance(event, OmniRequestOutput):
                     metrics = json.loads(json.dumps(event.metrics, default=str))  # a custom pipeline's may be anything
                     yield chunk({**role, "content": await service.aside(_parts, [event])})
                 role = {}

@@ -18,7 +18,13 @@ from vllm_omni.logger import init_logger
 logger = init_logger(__name__)
 
 MAX_MESSAGE = 2000
-_PARAMS = {"height": "size", "width": "size", "num_outputs_per_prompt": "n", "output_modalities": "modalities"}
+_PARAMS = {
+    "height": "size",
+    "width": "size",
+    "num_outputs_per_prompt": "n",
+    "num_previews": "partial_images",
+    "output_modalities": "modalities",
+}
 """Names inside -> names in the requests, where they differ."""
 
 

@@ -20,7 +20,7 @@ from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.streaming import sse, sse_raw, streamed, while_connected
 from vllm_omni.errors import RequestError, StageError
 from vllm_omni.inputs.data import OmniTextPrompt
-from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.outputs import OmniRequestOutput, Preview
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,6 +46,9 @@ class ImageGenerationRequest(BaseModel):
     output_format: Format = "png"
     output_compression: int = Field(100, ge=0, le=100, description="Quality of jpeg and webp.")
     stream: bool = Field(False, description="Server-sent events: a progress event a step, then the pictures.")
+    partial_images: int = Field(
+        0, ge=0, le=200, description="Previews of a stream, evenly spaced between the steps, at most one a step."
+    )
     user: str | None = Field(None, max_length=256, description="The end user, for the caller's own records.")
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
     num_inference_steps: int | None = Field(None, ge=1, le=200)
@@ -130,7 +133,10 @@ def _prompt(body: ImageGenerationRequest) -> str | OmniTextPrompt:
 def _sampling(body: ImageGenerationRequest, limit: int) -> dict[str, Any]:
     names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "seed")
     given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
-    return {**given, **parse_size(body.size, limit), "num_outputs_per_prompt": body.n}
+    if body.partial_images and not body.stream:
+        raise RequestError("partial_images: needs stream=true", field="partial_images")
+    counts = {"num_outputs_per_prompt": body.n, "num_previews": body.partial_images}
+    return {**given, **parse_size(body.size, limit), **counts}
 
 
 @router.post("/v1/images/generations")
@@ -147,7 +153,8 @@ async def generations(body: ImageGenerationRequest, request: Request) -> Respons
 
 
 async def _events(service: Service, body: ImageGenerationRequest, params: Sequence[Any]) -> AsyncGenerator[bytes, None]:
-    """Progress as it comes, then one event a picture."""
+    """Progress and previews as they come, then one event a picture."""
+    shown = 0
     with service.admitted():
         async with aclosing(with_progress(service, _prompt(body), params)) as events:
             async for event in events:
@@ -155,34 +162,58 @@ async def _events(service: Service, body: ImageGenerationRequest, params: Sequen
                     stage_id, step, total = event
                     kind = "image_generation.progress"
                     yield sse({"type": kind, "stage_id": stage_id, "step": step, "total": total}, kind)
+                elif isinstance(event, Preview):
+                    kind = "image_generation.partial_image"
+                    facts = {"partial_image_index": shown, "step": event.step, "total": event.total}
+                    for index, image in enumerate(await service.aside(event.pictures)):
+                        more = {"type": kind, "image_index": index, **facts}
+                        yield sse_raw(await service.aside(_picture_event, body, image, more), kind)
+                    shown += 1
                 else:
-                    for image in pictures([event]):
+                    for index, image in enumerate(pictures([event])):
                         kind = "image_generation.completed"
-                        yield sse_raw(await service.aside(_completed, body, image, event), kind)
+                        more = {"type": kind, "image_index": index, "usage": _USAGE}
+                        if body.return_stage_metrics:
+                            more["metrics"] = event.metrics
+                        yield sse_raw(await service.aside(_picture_event, body, image, more), kind)
 
 
-def _completed(body: ImageGenerationRequest, image: Image, output: OmniRequestOutput) -> bytes:
+_USAGE = {
+    **dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0),
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+}
+"""Nothing is counted in tokens."""
+
+
+def _picture_event(body: ImageGenerationRequest, image: Image, more: dict[str, Any]) -> bytes:
+    """What the events of previews and of finished pictures have in common, and ``more``."""
     event: dict[str, Any] = {
-        "type": "image_generation.completed",
+        **more,
         "b64_json": encode_base64(image, body.output_format, body.output_compression),
         "created_at": int(time.time()),
         "size": shape(image),
         "output_format": body.output_format,
+        "background": "opaque",
+        "quality": "auto",
     }
-    if body.return_stage_metrics:
-        event["metrics"] = output.metrics
     return json.dumps(event, default=str).encode()
 
 
 async def with_progress(
     service: Service, prompt: str | OmniTextPrompt, params: Sequence[Any]
-) -> AsyncGenerator[tuple[int, int, int] | OmniRequestOutput, None]:
-    """Progress (stage, step, total) and outputs of one admitted request, in the order in which they come."""
-    events: asyncio.Queue[tuple[int, int, int] | OmniRequestOutput | None] = asyncio.Queue()
+) -> AsyncGenerator[tuple[int, int, int] | Preview | OmniRequestOutput, None]:
+    """Progress (stage, step, total), previews and outputs of one admitted request, in the order in which they come."""
+    events: asyncio.Queue[tuple[int, int, int] | Preview | OmniRequestOutput | None] = asyncio.Queue()
 
     async def produce() -> None:
         try:
-            outputs = service.stream(prompt, params, ["image"], lambda *step: events.put_nowait(step))
+            outputs = service.stream(
+                prompt,
+                params,
+                ["image"],
+                lambda *step: events.put_nowait(step),
+                on_preview=lambda _, preview: events.put_nowait(preview),
+            )
             async with aclosing(outputs):
                 async for output in outputs:
                     events.put_nowait(output)

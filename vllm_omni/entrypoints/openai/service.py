@@ -17,7 +17,7 @@ from vllm_omni.entrypoints.openai.metrics import Metrics, RequestWatch
 from vllm_omni.entrypoints.openai.voices import voices_of
 from vllm_omni.errors import NotFoundError, OmniError, OverloadError, RequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType, OmniSamplingParams
-from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.outputs import OmniRequestOutput, Preview
 
 T = TypeVar("T")
 ENCODER_THREADS = 4
@@ -126,6 +126,7 @@ class Service:
         modalities: Sequence[str],
         on_progress: Callable[[int, int, int], None] | None = None,
         request_id: str | None = None,
+        on_preview: Callable[[int, Preview], None] | None = None,
     ) -> AsyncGenerator[OmniRequestOutput, None]:
         """Run an admitted request; yields outputs as they come. Closing the generator aborts it.
 
@@ -146,6 +147,7 @@ class Service:
             output_modalities=modalities,
             timeout=self.args.request_timeout,
             on_progress=progress,
+            on_preview=on_preview,
         )
         outcome = "aborted"
         try:

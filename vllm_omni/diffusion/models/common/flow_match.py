@@ -88,6 +88,11 @@ def linear_mu(tokens: int, base_tokens: int, max_tokens: int, base_shift: float,
     return tokens * slope + (base_shift - slope * base_tokens)
 
 
+def clean_estimate(latents: torch.Tensor, velocity: torch.Tensor, sigma: float) -> torch.Tensor:
+    """What a model that predicts ``velocity`` at level ``sigma`` takes the clean latents to be: x - sigma v."""
+    return torch.add(latents.float(), velocity, alpha=-sigma).to(velocity.dtype)
+
+
 def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
     """x + (sigma' - sigma) v, computed in float32, in the dtype of ``velocity``."""
     return torch.add(latents.float(), velocity, alpha=sigma_next - sigma).to(velocity.dtype)

@@ -20,8 +20,9 @@ from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.models.common.batching import BranchName, modulation_row, stack_texts
 from vllm_omni.diffusion.models.common.components import Component, load_component
-from vllm_omni.diffusion.models.common.flow_match import FlowSchedule, euler_step
+from vllm_omni.diffusion.models.common.flow_match import FlowSchedule, clean_estimate, euler_step
 from vllm_omni.diffusion.models.common.latents import draw_noise, pack_2x2, unpack_2x2
+from vllm_omni.diffusion.models.common.preview import LatentToColour, crop, preview_steps
 from vllm_omni.diffusion.models.common.sampling import SamplingDefaults, resolve_request, with_overrides
 from vllm_omni.diffusion.models.common.state import Branches, Conditioning, DenoiseState
 from vllm_omni.diffusion.models.common.transformer import DiTInputs, DiTModel
@@ -57,6 +58,7 @@ class DiTPipeline(nn.Module, CFGParallelMixin, ABC):
         self.device = get_local_device()
         self.dtype = od_config.torch_dtype
         self.folder = model_folder(od_config.model, od_config.revision)
+        self.colours = LatentToColour()
         self.schedule = FlowSchedule.from_config(read_config(self.folder, "scheduler", "scheduler_config.json"))
         self.weights_sources = [
             ComponentSource(str(self.folder), component.name, None, f"{prefix}{component.name}.")
@@ -134,6 +136,7 @@ class DiTPipeline(nn.Module, CFGParallelMixin, ABC):
             cfg_scale=1.0 if params.true_cfg_scale is None else params.true_cfg_scale,
             seed=params.seed,
             keep_trajectory=params.return_trajectory_latents,
+            preview_steps=preview_steps(params.num_previews, params.num_inference_steps),
             output_type=params.output_type,
         )
 
@@ -145,6 +148,8 @@ class DiTPipeline(nn.Module, CFGParallelMixin, ABC):
         rows = [state.latents.shape[0] for state in states]
         for state, mine in zip(states, velocity.split(rows), strict=True):
             i = state.step_index
+            if i + 1 in state.preview_steps:
+                state.foreseen = clean_estimate(state.latents, mine, float(state.sigmas[i]))
             state.latents = euler_step(state.latents, mine, float(state.sigmas[i]), float(state.sigmas[i + 1]))
             state.step_index = i + 1
             if state.keep_trajectory:
@@ -171,13 +176,28 @@ class DiTPipeline(nn.Module, CFGParallelMixin, ABC):
         """Latents to pictures, [B, 3, H, W] in [-1, 1]; packed latents for ``output_type="latent"``."""
         output = state.latents
         if state.output_type != "latent":
-            output = self.decode_latents(unpack_2x2(state.latents, state.grid))
+            latents_BCHW = unpack_2x2(state.latents, state.grid)
+            output = self.decode_latents(latents_BCHW)
+            if state.preview_steps:
+                self.colours.learn(latents_BCHW, output)
         return DiffusionOutput(
             output=output,
             trajectory_timesteps=state.timesteps[: len(state.trajectory)] if state.keep_trajectory else None,
             trajectory_latents=torch.stack(state.trajectory) if state.trajectory else None,
             metrics={"seed": state.seed, "num_inference_steps": state.num_steps},
         )
+
+    @final
+    @torch.no_grad()
+    def preview(self, state: DenoiseState) -> torch.Tensor | None:
+        """What the last step foresaw, as small pictures [B, 3, h, w] in [-1, 1]; None when none was asked for then."""
+        if state.foreseen is None:
+            return None
+        latents_BCHW, state.foreseen = unpack_2x2(state.foreseen, state.grid), None
+        if self.colours.wants(state.step_index, state.num_steps, state.preview_steps):
+            lesson_BCHW = crop(latents_BCHW)
+            self.colours.learn(lesson_BCHW, self.decode_latents(lesson_BCHW))
+        return self.colours.render(latents_BCHW)
 
     def forward(
         self, req: OmniDiffusionRequest, prompt: Any = None, negative_prompt: Any = None, **overrides: Any

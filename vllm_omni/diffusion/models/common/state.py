@@ -87,6 +87,10 @@ class DenoiseState:
     keep_trajectory: bool = False
     trajectory: list[torch.Tensor] = field(default_factory=list)
     """Latents after each step when ``keep_trajectory``."""
+    preview_steps: frozenset[int] = frozenset()
+    """Steps (counted from 1) after which a preview is wanted."""
+    foreseen: torch.Tensor | None = None
+    """The clean latents that such a step predicted, packed like ``latents``; until the preview is made."""
     solver: Any = None
     """State of a multi-step solver."""
     output_type: str = "pil"
