@@ -55,8 +55,10 @@ class PlainVllm:
         return await self.read()
 
     def close(self) -> None:
-        """End it."""
+        """End it. Idempotent."""
         assert self.process.stdin is not None
+        if self.process.poll() is not None:
+            return
         self.process.stdin.close()
         try:
             self.process.wait(15)
@@ -74,16 +76,14 @@ class Speaker:
 
     def prompts(self, shape: Shape, count: int) -> list[list[int]]:
         """``count`` prompts that no request has had before."""
-        self.seed += count
-        return [prompt_ids(self.words, shape.prompt, self.seed + i) for i in range(count)]
+        begin, self.seed = self.seed, self.seed + count
+        return [prompt_ids(self.words, shape.prompt, begin + i) for i in range(count)]
 
     async def ask(self, prompt: list[int], shape: Shape) -> Heard:
         """One request; checks that the sound is finite."""
         from vllm.sampling_params import RequestOutputKind
 
-        params = [
-            given.clone() if hasattr(given, "clone") else given for given in self.omni.default_sampling_params_list
-        ]
+        params = [given.clone() for given in self.omni.default_sampling_params_list]
         thinker, talker = params[0], params[1]
         thinker.temperature, thinker.top_p, thinker.top_k = 0.0, 1.0, 0
         thinker.max_tokens, thinker.ignore_eos, thinker.output_kind = shape.text, True, RequestOutputKind.DELTA
@@ -128,11 +128,14 @@ async def measure(args: argparse.Namespace, report: Report) -> None:
         async with omni:
             report("weights", await omni.collective_rpc("fill_random_weights"))
             speaker = Speaker(omni, vocabulary(folder), args.run)
-            await _speech(args, speaker, report, deadline)
+            shapes = [Shape(*map(int, name.split("/"))) for name in args.shapes]
+            await _speech(args, speaker, shapes[:-1], report, deadline)
             if plain is not None:
                 await _text(args, speaker, plain, report, deadline)
+                plain.close()
             if args.trace:
                 await _trace(args, speaker, report)
+            await _speech(args, speaker, shapes[-1:], report, deadline)
     finally:
         if plain is not None:
             plain.close()
@@ -144,11 +147,9 @@ async def measure(args: argparse.Namespace, report: Report) -> None:
             plain.close()
 
 
-async def _speech(args: argparse.Namespace, speaker: Speaker, report: Report, deadline: float) -> None:
-    shapes = [Shape(*map(int, name.split("/"))) for name in args.shapes]
-    began = time.perf_counter()
-    await speaker.run(shapes[0], 1, 1)
-    report("first_request_s", round(time.perf_counter() - began, 2))
+async def _speech(
+    args: argparse.Namespace, speaker: Speaker, shapes: list[Shape], report: Report, deadline: float
+) -> None:
     longest = 0.0
     for shape in shapes:
         for clients in args.clients:
@@ -157,9 +158,8 @@ async def _speech(args: argparse.Namespace, speaker: Speaker, report: Report, de
                 report(f"speech {shape.name} c={clients}", f"left out: {left:.0f} s left")
                 continue
             began = time.monotonic()
-            if clients > 1 or shape is not shapes[0]:
-                warm = Shape(shape.prompt, min(shape.text, 24), min(shape.frames, 86))
-                await speaker.run(warm, clients, clients)
+            await speaker.run(Shape(shape.prompt, min(shape.text, 24), min(shape.frames, 86)), clients, clients)
+            report(f"warm-up {shape.name} c={clients} s", round(time.monotonic() - began, 2))
             cell = await speaker.run(shape, clients * args.waves if clients > 1 else args.waves + 1, clients)
             longest = max(longest, time.monotonic() - began)
             report(f"speech {shape.name} c={clients}", cell)
@@ -172,8 +172,8 @@ async def _text(
     report("plain start", await plain.read())
     words = vocabulary(plain.folder)
     source = speaker or Speaker(None, words, args.run + 50)
-    for name in args.shapes:
-        prompt, text, _ = map(int, name.split("/"))
+    longest = {prompt: text for prompt, text, _ in sorted(tuple(map(int, name.split("/"))) for name in args.shapes)}
+    for prompt, text in longest.items():
         shape = Shape(prompt, min(text, args.text_limit), 0)
         for clients in args.clients:
             if deadline - time.monotonic() < 20:
