@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_omni import envs
-from vllm_omni.config.schema import nearest, parse
+from vllm_omni.config.schema import parse
 from vllm_omni.config.stage import PipelineConfig, Row, StageConfig, load_stage_configs, single_diffusion_stage
+from vllm_omni.entrypoints.stage_arguments import by_stage, overridden, runs_on_vllm, with_arguments
 from vllm_omni.errors import ConfigError
 from vllm_omni.logger import init_logger
 
@@ -47,6 +48,8 @@ class OmniArgs:
     in between steps anyway, so waiting pays only where requests come in bursts."""
     default_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     """By stage id: sampling parameters of requests that bring none; wins over the stage configuration."""
+    stage_overrides: Mapping[str, Any] = field(default_factory=dict)
+    """By stage id: engine arguments of that stage alone; wins over everything."""
 
     def __post_init__(self) -> None:
         for name in ("stage_init_timeout", "init_timeout"):
@@ -99,15 +102,16 @@ def resolve(values: Mapping[str, Any], source: str | Mapping[str, str] = "Omni()
     rest = {name: value for name, value in values.items() if name not in own_names}
     if own.get("worker_backend") == "ray":
         raise ConfigError('worker_backend="ray" is not there yet; use "multi_process"', field="worker_backend")
-    if isinstance(own.get("default_sampling_params"), str):
-        own["default_sampling_params"] = _json(own["default_sampling_params"])
-    if own.get("default_sampling_params"):
-        own["default_sampling_params"] = {str(key): item for key, item in own["default_sampling_params"].items()}
+    for name in ("default_sampling_params", "stage_overrides"):
+        if isinstance(own.get(name), str):
+            own[name] = _json(name, own[name])
+        if isinstance(own.get(name), Mapping):
+            own[name] = {str(key): item for key, item in own[name].items()}
     if isinstance(own.get("model"), os.PathLike):
         own["model"] = os.fspath(own["model"])
     args = parse(OmniArgs, own, "Omni()")
     engine_args = _engine_args(rest)
-    pipeline = _pipeline(args, engine_args, sources)
+    pipeline = overridden(_pipeline(args, engine_args, sources), args.stage_overrides, sources)
     pipeline = _with_default_params(pipeline, args, sources)
     for stage in pipeline.stages:
         _check_engine(stage)
@@ -135,11 +139,6 @@ def engine_class(stage: StageConfig) -> str:
     if "engine_cls" in stage.engine_args:
         return str(stage.engine_args["engine_cls"])
     return DIFFUSION_ENGINE
-
-
-def runs_on_vllm(stage: StageConfig) -> bool:
-    """Whether the stage is an engine of vLLM's and not one of ours."""
-    return stage.stage_type != "diffusion" and "engine_cls" not in stage.engine_args
 
 
 def ar_specs(pipeline: PipelineConfig, stages: Sequence[StageConfig], thresholds: Sequence[int]) -> list[ARStageSpec]:
@@ -207,37 +206,7 @@ def _pipeline(args: OmniArgs, engine_args: dict[str, Any], sources: Mapping[str,
         path = Path(args.stage_configs_path)
     if num_gpus is not None:
         raise ConfigError("num_gpus belongs into the stages' engine_args of the stage configuration", field="num_gpus")
-    return _overridden(load_stage_configs(path), args.model, engine_args, sources)
-
-
-def _overridden(
-    pipeline: PipelineConfig, model: str | None, engine_args: Mapping[str, Any], sources: Mapping[str, str]
-) -> PipelineConfig:
-    """Put arguments of ``Omni`` over the file's: ``model`` for all stages that name none, the rest for diffusion
-    stages."""
-    lines, stages, taken = dict(pipeline.sources), [], False
-    for index, stage in enumerate(pipeline.stages):
-        merged = dict(stage.engine_args)
-        custom = "engine_cls" in merged
-        if model is not None and "model" not in merged:
-            merged["model"] = model
-            lines[f"stage_args[{index}].engine_args.model"] = sources.get("model", "default")
-        elif "model" not in merged and not custom:
-            raise ConfigError(
-                f"stage {stage.stage_id}: model is missing: give one to Omni or to the stage", field="model"
-            )
-        if stage.stage_type == "diffusion" and not custom:
-            merged.update(engine_args)
-            lines.update({f"stage_args[{index}].engine_args.{name}": sources[name] for name in engine_args})
-            taken = True
-        stages.append(replace(stage, engine_args=merged))
-    if engine_args and not taken:
-        name = next(iter(engine_args))
-        known = [spec.name for spec in fields(OmniArgs)]
-        raise ConfigError(
-            f"Omni(): {name}: no stage takes it, there is no diffusion stage{nearest(name, known)}", field=name
-        )
-    return replace(pipeline, stages=tuple(stages), sources=lines)
+    return with_arguments(load_stage_configs(path), args.model, engine_args, sources)
 
 
 def _packaged_stages(model: str, revision: str | None) -> Path | None:
@@ -265,28 +234,16 @@ def _packaged_stages(model: str, revision: str | None) -> Path | None:
     raise ConfigError(f"model={model!r}: neither model_index.json nor config.json in {folder}", field="model")
 
 
-def _json(text: str) -> Any:
+def _json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"default_sampling_params: not JSON: {error}", field="default_sampling_params") from error
+        raise ConfigError(f"{name}: not JSON: {error}", field=name) from error
 
 
 def _with_default_params(pipeline: PipelineConfig, args: OmniArgs, sources: Mapping[str, str]) -> PipelineConfig:
-    known = {str(stage.stage_id): index for index, stage in enumerate(pipeline.stages)}
     stages, lines = list(pipeline.stages), dict(pipeline.sources)
-    for key, values in args.default_sampling_params.items():
-        if key not in known:
-            raise ConfigError(
-                f"default_sampling_params: no stage {key!r}; there are {', '.join(known)}",
-                field="default_sampling_params",
-            )
-        if not isinstance(values, Mapping):
-            raise ConfigError(
-                f"default_sampling_params: stage {key}: expected names and values, got {values!r}",
-                field="default_sampling_params",
-            )
-        index = known[key]
+    for index, values in by_stage(pipeline, "default_sampling_params", args.default_sampling_params):
         merged = {**stages[index].default_sampling_params, **values}
         stages[index] = replace(stages[index], default_sampling_params=merged)
         source = sources.get("default_sampling_params", "default")

@@ -11,6 +11,7 @@ from vllm_omni.distributed.omni_connectors.factory import stage_threshold
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine.stage_seam import StageClient
 from vllm_omni.entrypoints import omni_args
+from vllm_omni.entrypoints.stage_arguments import runs_on_vllm
 from vllm_omni.entrypoints.stage_client import ProcessStageClient
 from vllm_omni.entrypoints.stage_launch import StageHandle, StageSpec, end, launch_all
 
@@ -54,8 +55,8 @@ def start_stages(setup: omni_args.OmniSetup, codec: Codec) -> RunningStages:
         StageDeadError: a stage's process ended while it started.
     """
     args = setup.args
-    ours = [stage for stage in setup.pipeline.stages if not omni_args.runs_on_vllm(stage)]
-    vllm = [stage for stage in setup.pipeline.stages if omni_args.runs_on_vllm(stage)]
+    ours = [stage for stage in setup.pipeline.stages if not runs_on_vllm(stage)]
+    vllm = [stage for stage in setup.pipeline.stages if runs_on_vllm(stage)]
     specs = [_spec(setup, stage) for stage in ours]
     if not vllm:
         return RunningStages(launch_all(specs, codec, args.stage_init_timeout, args.init_timeout))

@@ -233,9 +233,9 @@ def test_wrong_media(omni_server: Server, part: dict[str, Any], status: int) -> 
         ({"sampling_params_list": [{"logits_processors": []}, {}, {}]}, "sampling_params_list.0", 400),
         ({"tools": []}, "tools", 400),
         ({"model": "gpt"}, "model", 404),
-        ({"messages": [{"role": "user", "content": "long " * 2000}]}, "prompt", 400),
+        ({"messages": [{"role": "user", "content": "long " * 2000}]}, "messages", 400),
         ({"messages": [{"role": "user", "content": "x" * 600_000}] * 2}, "messages", 413),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", 400),
+        ({"response_format": {"type": "json_schema"}}, "response_format", 400),
     ],
 )
 def test_wrong_field(omni_server: Server, change: dict[str, Any], param: str, status: int) -> None:

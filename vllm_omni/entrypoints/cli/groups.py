@@ -7,6 +7,7 @@ from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfi
 from vllm_omni.entrypoints.cli.flags import FlagGroup, option_name
 from vllm_omni.entrypoints.omni_args import OmniArgs
 from vllm_omni.entrypoints.openai.args import ServeArgs
+from vllm_omni.entrypoints.openai.text_args import TextArgs
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 OMNI = FlagGroup(
@@ -34,6 +35,7 @@ ENGINE = FlagGroup(
 )
 PARALLEL = FlagGroup(DiffusionParallelConfig, "Parallelism of diffusion stages", {})
 SERVE = FlagGroup(ServeArgs, "HTTP server", {})
+TEXT = FlagGroup(TextArgs, "Text, as vLLM's server makes it", {})
 
 OMNI_GROUPS = (OMNI, ENGINE, PARALLEL)
 """Everything that ``Omni`` and ``AsyncOmni`` are built with."""

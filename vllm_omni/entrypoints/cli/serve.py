@@ -8,8 +8,9 @@ import typer
 
 from vllm_omni.config.schema import parse
 from vllm_omni.entrypoints.cli.flags import with_flags
-from vllm_omni.entrypoints.cli.groups import OMNI_GROUPS, SERVE, omni_arguments
+from vllm_omni.entrypoints.cli.groups import OMNI_GROUPS, SERVE, TEXT, omni_arguments
 from vllm_omni.entrypoints.openai.args import ServeArgs
+from vllm_omni.entrypoints.openai.text_args import TextArgs
 from vllm_omni.errors import ConfigError
 
 
@@ -28,6 +29,7 @@ def serve(
     seconds at most; a second one does not wait.
     """
     args = parse(ServeArgs, SERVE.given(flags), "serve")
+    text = parse(TextArgs, TEXT.given(flags), "serve")
     arguments = omni_arguments(flags)
     if checkpoint is not None:
         if "model" in arguments:
@@ -35,10 +37,10 @@ def serve(
         arguments["model"] = checkpoint
     from vllm_omni.entrypoints.openai.server import run_server
 
-    run_server(args, arguments)
+    run_server(args, text, arguments)
 
 
-COMMAND = with_flags(serve, SERVE, *OMNI_GROUPS)
+COMMAND = with_flags(serve, SERVE, TEXT, *OMNI_GROUPS)
 
 
 def register(app: typer.Typer) -> None:

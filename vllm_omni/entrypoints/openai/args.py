@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from vllm_omni import envs
 from vllm_omni.errors import ConfigError
@@ -24,6 +25,9 @@ class ServeArgs:
     served_model_name: Sequence[str] = ()
     """Names that requests may call the model by; the first is the one that answers show. Default: the model as it was
     given."""
+    compat: Literal["openai", "upstream"] = "openai"
+    """Form of the answers of chats: OpenAI's, or upstream's where it is another (a choice of its own for sound; in
+    streams sound and pictures in delta.content, with modality beside it)."""
     max_queue: int = 256
     """Requests that may be open at once, running and waiting together; one more is answered with 429."""
     request_timeout: float = 600.0

@@ -1,34 +1,38 @@
-"""``/v1/chat/completions``."""
+"""``/v1/chat/completions``: vLLM's chats, with what other stages make in the answers."""
 
 from __future__ import annotations
 
-import base64
+import asyncio
 import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
 from vllm_omni.config.stage import StageConfig
-from vllm_omni.entrypoints.openai.chat_pictures import chat_with_pictures
-from vllm_omni.entrypoints.openai.chat_protocol import PICTURE_FIELDS, ChatCompletionRequest
-from vllm_omni.entrypoints.openai.chat_render import check_listed, render, sampling_params, text_params
+from vllm_omni.entrypoints.openai.chat_pictures import chat_with_pictures, picture_params
+from vllm_omni.entrypoints.openai.chat_protocol import PICTURE_FIELDS, ChatCompletionRequest, vllm_fields
+from vllm_omni.entrypoints.openai.chat_render import check_listed, checked_messages, divided, merged, sampling_params
+from vllm_omni.entrypoints.openai.chat_shapes import OpenAIShape, UpstreamShape
 from vllm_omni.entrypoints.openai.health import service_of
 from vllm_omni.entrypoints.openai.service import Service
-from vllm_omni.entrypoints.openai.sound import encode_sound, pcm16, samples_of
 from vllm_omni.entrypoints.openai.streaming import DONE, sse, streamed, while_connected
 from vllm_omni.entrypoints.openai.voices import pick_voice
 from vllm_omni.entrypoints.results import join
-from vllm_omni.errors import RequestError
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniSamplingParams, OmniTextPrompt
+from vllm_omni.errors import RequestError, StageError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
 
+if TYPE_CHECKING:
+    from vllm_omni.entrypoints.openai.text import Turn
+
 router = APIRouter()
-AUDIO_LIFE_S = 3600
+_ERROR = 'data: {"error"'
+_DONE = DONE.decode()
 
 
 @dataclass
@@ -37,28 +41,34 @@ class Chat:
 
     service: Service
     body: ChatCompletionRequest
-    prompt: OmniTextPrompt
-    params: list[OmniSamplingParams]
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    request_id: str
+    voice: str | None
+    media: list[OmniRequestOutput] = field(default_factory=list)
+    """What other stages made, of an answer that is not streamed."""
     created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def speaks(self) -> bool:
-        """Whether the answer is spoken."""
-        return self.body.modalities is not None and "audio" in self.body.modalities
 
     @property
     def modalities(self) -> list[str]:
         """What stages have to make; the text is an answer's transcript, too."""
-        return ["text", "audio"] if self.speaks else ["text"]
+        wanted = self.body.modalities or ["text"]
+        return ["text", *(kind for kind in wanted if kind != "text")]
 
-    def head(self, kind: str) -> dict[str, Any]:
-        """What every answer and chunk begins with."""
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.service.name}
+    @property
+    def is_plain(self) -> bool:
+        """Whether vLLM's chunks go out as they are."""
+        return self.modalities == ["text"] and not self.body.return_stage_metrics and not self.upstream
 
-    def times(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """The times of the stages, for a request that asks for them."""
-        return {"metrics": metrics} if self.body.return_stage_metrics else {}
+    @property
+    def upstream(self) -> bool:
+        """Whether answers have the form of upstream."""
+        return self.service.args.compat == "upstream"
+
+    @property
+    def shape(self) -> OpenAIShape:
+        """The form of answers."""
+        form = self.body.audio.format if self.body.audio is not None else "wav"
+        kind = UpstreamShape if self.upstream else OpenAIShape
+        return kind(self.request_id, self.created, "audio" in self.modalities, form)
 
 
 @router.post("/v1/chat/completions")
@@ -68,41 +78,74 @@ async def completions(body: ChatCompletionRequest, request: Request) -> Response
     service.check_model(body.model)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: needs stream=true", field="stream_options")
-    if service.omni.renderer is None:
+    if service.text is None or "text" not in service.makes:
         return await chat_with_pictures(service, body, request)
-    chat = await _checked(service, body)
+    chat = _checked(service, body, request)
     if body.stream:
-        return await streamed(request, _chunks(chat), service.args.send_timeout)
-    outputs = await while_connected(request.receive, service.collect(chat.prompt, chat.params, chat.modalities))
-    return Response(await service.aside(_answer, chat, outputs), media_type="application/json")
+        return await streamed(request, _streamed(chat), service.args.send_timeout)
+    answer = await while_connected(request.receive, _whole(chat))
+    return Response(answer, media_type="application/json")
 
 
-async def _checked(service: Service, body: ChatCompletionRequest) -> Chat:
+def _checked(service: Service, body: ChatCompletionRequest, request: Request) -> Chat:
     """Raises ``RequestError`` for what the model does not make or read."""
-    for name in PICTURE_FIELDS:
-        if getattr(body, name) is not None:
-            raise RequestError(f"{name}: {service.name} makes no pictures and does not read it", field=name)
     for kind in body.modalities or ():
         service.check_makes(kind, "modalities")
-    chat = Chat(service, body, {"prompt": ""}, params_of(service, body))
-    voice = None
+    wanted = set(body.modalities or ())
+    for name in PICTURE_FIELDS:
+        if getattr(body, name) is not None and "image" not in wanted:
+            raise RequestError(f"{name}: the request asks for no pictures (modalities)", field=name)
+    if body.n not in (None, 1) and wanted - {"text"}:
+        raise RequestError(f"n={body.n}: several choices are for text alone", field="n")
+    speaks, voice = "audio" in wanted, None
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("top_logprobs: needs logprobs=true", field="top_logprobs")
     if body.audio is not None:
-        if not chat.speaks:
+        if not speaks:
             raise RequestError('audio: needs "audio" in modalities', field="audio")
-        if body.stream and body.audio.format != "pcm16":
-            raise RequestError("audio.format: a stream's is pcm16", field="audio.format")
         voice = pick_voice(body.audio.voice, service.voices, "audio.voice")
-    elif chat.speaks and body.stream:
-        raise RequestError("audio.format: is missing; a stream's is pcm16", field="audio.format")
-    chat.prompt = await service.aside(render, service.omni.renderer, body.messages, service.args)
-    if voice is not None:
-        chat.prompt["additional_information"] = {"speaker": voice}
-    return chat
+    if speaks and body.stream and service.args.compat == "openai":
+        if body.audio is None:
+            raise RequestError("audio.format: is missing; a stream's is pcm16", field="audio.format")
+        if body.audio.format != "pcm16":
+            raise RequestError("audio.format: a stream's is pcm16", field="audio.format")
+    return Chat(service, body, body.request_id or new_request_id(), voice)
 
 
-def params_of(service: Service, body: ChatCompletionRequest) -> list[OmniSamplingParams]:
-    """Each stage's parameters: its own, with those of ``sampling_params_list`` over them; the first stage's with the
-    request's fields over that."""
+# ---------------------------------------------------------------- into vLLM's serving code
+
+
+async def begin(chat: Chat) -> tuple[Turn, Any]:
+    """Render the chat and start it: the turn, and vLLM's answer or its stream.
+
+    Raises:
+        RequestError: a message, a medium or a parameter is wrong.
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest as Plain
+
+    from vllm_omni.entrypoints.openai.text import Turn, checked, typed_errors
+
+    service, body = chat.service, chat.body
+    assert service.text is not None
+    defaults, fields, rest, stages = stage_params(service, body)
+    turns = await service.aside(checked_messages, body.messages, service.args)
+    information = None if chat.voice is None else {"speaker": chat.voice}
+    turn = Turn(service, stages, service.reader, rest, chat.modalities, information, chat.media.append)
+    given = body.model_fields_set
+    with typed_errors("messages", given):
+        request = Plain(
+            **{**fields, **vllm_fields(body), "messages": turns, "request_id": chat.request_id},
+            model=service.adapter(body.model),
+        )
+        serving = service.text.chat(turn, defaults)
+        return turn, checked(await serving.create_chat_completion(request, None), "messages", given)
+
+
+def stage_params(
+    service: Service, body: ChatCompletionRequest
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[OmniSamplingParams]]:
+    """Parameters of the stage that reads the prompt, as ``chat_render.divided`` divides them, and those of all stages:
+    their own, with those of ``sampling_params_list`` over them."""
     stages = service.omni.pipeline.stages
     rows: Sequence[Mapping[str, Any]] = body.sampling_params_list or [{}] * len(stages)
     if len(rows) != len(stages):
@@ -110,127 +153,136 @@ def params_of(service: Service, body: ChatCompletionRequest) -> list[OmniSamplin
             f"sampling_params_list has {len(rows)} entries; there are {len(stages)} stages",
             field="sampling_params_list",
         )
+    values = {}
     out: list[OmniSamplingParams] = []
     for i, (stage, row) in enumerate(zip(stages, rows, strict=True)):
-        out.append(_stage_params(i, stage, row, body))
-    return out
+        if i == service.reader:
+            check_listed(row, stage.default_sampling_params, f"sampling_params_list.{i}")
+            values = merged(stage.default_sampling_params, row)
+        out.append(_later(service, i, stage, row, body))
+    return *divided(values), out
 
 
-def _stage_params(
-    i: int, stage: StageConfig, row: Mapping[str, Any], body: ChatCompletionRequest
+def _later(
+    service: Service, i: int, stage: StageConfig, row: Mapping[str, Any], body: ChatCompletionRequest
 ) -> OmniSamplingParams:
-    where, defaults = f"sampling_params_list.{i}", stage.default_sampling_params
+    """Parameters of a stage that does not read the prompt; the other's are replaced."""
+    where = f"sampling_params_list.{i}"
     if stage.stage_type == "diffusion":
         if row:
             raise RequestError(f"{where}: stage {stage.stage_id} makes pictures and takes none here", field=where)
-        return OmniDiffusionSamplingParams.from_kwargs(defaults)
-    check_listed(row, defaults, where)
-    values = {**defaults, **row}
-    if row.get("extra_args"):
-        values["extra_args"] = {**defaults.get("extra_args", {}), **row["extra_args"]}
-    params: OmniSamplingParams = (
-        text_params(values, body) if i == 0 else sampling_params(values, stream=False, field=where)
-    )
-    return params
+        given = picture_params(body, service.args.max_generated_image_size)
+        params = OmniDiffusionSamplingParams.from_kwargs({**stage.default_sampling_params, **given})
+        params.validate()
+        return params
+    if i == service.reader:
+        return service.omni.default_sampling_params_list[i]
+    check_listed(row, stage.default_sampling_params, where)
+    listed: OmniSamplingParams = sampling_params(merged(stage.default_sampling_params, row), where)
+    return listed
 
 
-# ---------------------------------------------------------------- whole answers
+# ---------------------------------------------------------------- answers
 
 
-def _answer(chat: Chat, outputs: Sequence[OmniRequestOutput]) -> bytes:
-    whole = join(outputs)
-    text = next(output for output in whole if output.final_output_type == "text")
-    made = text.outputs[0]
-    message: dict[str, Any] = {"role": "assistant", "content": made.text, "refusal": None}
-    spoken = [output for output in whole if output.final_output_type == "audio" and output.multimodal_output]
-    if chat.speaks:
-        message |= {"content": None, "audio": _speech(chat, spoken, made.text)}
-    choice = {
-        "index": 0,
-        "message": message,
-        "finish_reason": made.finish_reason or "stop",
-        "logprobs": _logprobs(chat, made),
-    }
-    usage = _usage(len(text.prompt_token_ids or ()), len(made.token_ids))
-    answer = {**chat.head("chat.completion"), "choices": [choice], "usage": usage, **chat.times(outputs[-1].metrics)}
-    return json.dumps(answer).encode()
-
-
-def _speech(chat: Chat, outputs: Sequence[OmniRequestOutput], text: str) -> dict[str, Any]:
-    """``message.audio``; an answer without a word has no sound."""
-    form = chat.body.audio.format if chat.body.audio is not None else "wav"
-    data = b""
-    if outputs:
-        samples, rate = samples_of(outputs[0].multimodal_output)
-        data = encode_sound(samples, rate, form)
-    return {
-        "id": _audio_id(chat),
-        "data": base64.b64encode(data).decode(),
-        "expires_at": chat.created + AUDIO_LIFE_S,
-        "transcript": text,
-    }
-
-
-def _audio_id(chat: Chat) -> str:
-    return "audio_" + chat.id.removeprefix("chatcmpl-")
-
-
-def _usage(prompt: int, completion: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def _logprobs(chat: Chat, made: Any) -> dict[str, Any] | None:
-    """OpenAI's form of the log probabilities of the tokens in ``made``."""
-    if not chat.body.logprobs or not made.logprobs:
-        return None
-    rows = []
-    for token_id, among in zip(made.token_ids, made.logprobs, strict=False):
-        best = sorted(among.values(), key=lambda entry: entry.rank or 0)[: chat.body.top_logprobs or 0]
-        rows.append({**_logprob(among[token_id]), "top_logprobs": [_logprob(entry) for entry in best]})
-    return {"content": rows, "refusal": None}
-
-
-def _logprob(entry: Any) -> dict[str, Any]:
-    token = entry.decoded_token or ""
-    return {"token": token, "logprob": max(entry.logprob, -9999.0), "bytes": list(token.encode("utf-8", "replace"))}
-
-
-# ---------------------------------------------------------------- streams
-
-
-async def _chunks(chat: Chat) -> AsyncGenerator[bytes, None]:
-    """Text and sound as they are made."""
-    finish, prompt, completion = "stop", 0, 0
-    metrics: Mapping[str, Any] = {}
-
-    def chunk(delta: Mapping[str, Any], finish: str | None = None, logprobs: Any = None, **more: Any) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
-        return sse({**chat.head("chat.completion.chunk"), "choices": [choice], **more})
-
+async def _whole(chat: Chat) -> bytes:
     with chat.service.admitted():
-        async with aclosing(chat.service.stream(chat.prompt, chat.params, chat.modalities)) as outputs:
-            begun = False
-            async for output in outputs:
-                metrics = output.metrics
-                if not begun:
-                    yield chunk({"role": "assistant", "content": "" if not chat.speaks else None})
-                    begun = True
-                if output.final_output_type == "text" and output.outputs:
-                    made = output.outputs[0]
-                    prompt, completion = len(output.prompt_token_ids or ()) or prompt, completion + len(made.token_ids)
-                    finish = made.finish_reason or finish
-                    if made.text or made.logprobs:
-                        yield chunk(_text_delta(chat, made.text), logprobs=_logprobs(chat, made))
-                elif "audio" in output.multimodal_output:
-                    data = base64.b64encode(pcm16(samples_of(output.multimodal_output)[0])).decode()
-                    yield chunk({"audio": {"id": _audio_id(chat), "data": data}})
-    if chat.speaks:
-        yield chunk({"audio": {"id": _audio_id(chat), "expires_at": chat.created + AUDIO_LIFE_S}})
-    yield chunk({}, finish, **chat.times(metrics))
-    if chat.body.stream_options is not None and chat.body.stream_options.include_usage:
-        yield sse({**chat.head("chat.completion.chunk"), "choices": [], "usage": _usage(prompt, completion)})
+        turn, response = await begin(chat)
+        if turn.cancelled:
+            raise asyncio.CancelledError
+        answer: bytes = await chat.service.aside(_dumped, chat, turn.metrics, response)
+        return answer
+
+
+def _dumped(chat: Chat, metrics: Mapping[str, Any], response: Any) -> bytes:
+    answer = response.model_dump(exclude_none=True)  # vLLM's own fields alone when they say something
+    for choice in answer["choices"]:
+        choice.setdefault("logprobs", None)
+        choice["message"] = {"content": None, "refusal": None, **choice["message"]}
+    chat.shape.finish_answer(answer, join(chat.media))
+    if chat.body.return_stage_metrics:
+        answer["metrics"] = metrics
+    return json.dumps(answer, default=str).encode()
+
+
+async def _streamed(chat: Chat) -> AsyncGenerator[bytes, None]:
+    with chat.service.admitted():
+        turn, pieces = await begin(chat)
+        try:
+            if chat.is_plain:
+                async for piece in pieces:
+                    _raise_errors(turn, piece)
+                    yield piece.encode()
+            else:
+                async with aclosing(_mixed(chat, turn, pieces)) as events:
+                    async for event in events:
+                        yield event
+        finally:
+            await turn.aclose()
+
+
+def _raise_errors(turn: Turn, piece: str) -> None:
+    """vLLM's stream says its errors as pieces of it.
+
+    Raises:
+        OmniError: it does.
+    """
+    if turn.error is not None:
+        raise turn.error
+    if piece.startswith(_ERROR):
+        raise StageError(str(json.loads(piece[6:])["error"]["message"]))
+
+
+async def _mixed(chat: Chat, turn: Turn, pieces: AsyncGenerator[str, None]) -> AsyncGenerator[bytes, None]:
+    """vLLM's chunks, and between them what other stages make. The chunks that end the answer come last."""
+    events: asyncio.Queue[str | OmniRequestOutput | None] = asyncio.Queue()
+    turn.on_media = events.put_nowait
+
+    async def produce() -> None:
+        try:
+            async for piece in pieces:
+                events.put_nowait(piece)
+        finally:
+            events.put_nowait(None)
+
+    task = asyncio.create_task(produce())
+    shape, usage = chat.shape, None
+    head: dict[str, Any] = {}
+    ends: list[dict[str, Any]] = []
+    try:
+        while (event := await events.get()) is not None:
+            if isinstance(event, OmniRequestOutput):
+                for delta in await chat.service.aside(shape.media_deltas, event):
+                    yield sse({**head, **shape.chunk(delta)})
+                continue
+            _raise_errors(turn, event)
+            if event == _DONE:
+                continue
+            chunk = json.loads(event[6:])
+            head = head or {name: chunk[name] for name in ("id", "object", "created", "model")}
+            if not chunk["choices"]:
+                usage = chunk
+                continue
+            now, end = shape.text(chunk)
+            if now is not None:
+                yield sse(now)
+            if end is not None:
+                ends.append(end)
+        await task
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+    for delta in shape.last_deltas():
+        yield sse({**head, **shape.chunk(delta)})
+    if chat.body.return_stage_metrics and ends:
+        ends[-1]["metrics"] = turn.metrics
+    for end in ends:
+        yield sse(end)
+    if usage is not None:
+        yield sse(usage)
     yield DONE
 
 
-def _text_delta(chat: Chat, text: str) -> dict[str, Any]:
-    return {"audio": {"id": _audio_id(chat), "transcript": text}} if chat.speaks else {"content": text}
+def new_request_id() -> str:
+    """An id for a request that brings none."""
+    return uuid.uuid4().hex

@@ -32,17 +32,22 @@ def prompt_of(messages: Sequence[Message]) -> str:
     if isinstance(last.content, str):
         texts = [last.content]
     else:
-        for part in last.content:
+        for part in last.content or ():
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise RequestError("messages: this model reads text alone", field="messages")
-        texts = [part["text"] for part in last.content]
+        texts = [part["text"] for part in last.content or ()]
     text = "\n".join(texts)
     if not text.strip():
         raise RequestError("messages: the last one has no text", field="messages")
     return text
 
 
-def _sampling(body: ChatCompletionRequest, limit: int) -> dict[str, Any]:
+def picture_params(body: ChatCompletionRequest, limit: int) -> dict[str, Any]:
+    """What a chat says of its pictures.
+
+    Raises:
+        RequestError: the size is wrong, or given twice.
+    """
     names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "seed", "num_outputs_per_prompt")
     given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     sides = {name: getattr(body, name) for name in ("width", "height") if getattr(body, name) is not None}
@@ -57,14 +62,12 @@ def _sampling(body: ChatCompletionRequest, limit: int) -> dict[str, Any]:
 async def chat_with_pictures(service: Service, body: ChatCompletionRequest, request: Request) -> Response:
     """Answer with pictures, as data URLs in the content."""
     for name in TEXT_ONLY_FIELDS:
-        if getattr(body, name) is not None:
+        value = getattr(body, name)
+        if value is not None and value is not False and (name, value) != ("n", 1):
             raise RequestError(f"{name}: {service.name} makes pictures and does not read it", field=name)
-    if body.logprobs or body.sampling_params_list is not None:
-        name = "logprobs" if body.logprobs else "sampling_params_list"
-        raise RequestError(f"{name}: {service.name} makes pictures and does not read it", field=name)
     for kind in body.modalities or ():
         service.check_makes(kind, "modalities")
-    params = service.params(_sampling(body, service.args.max_generated_image_size))
+    params = service.params(picture_params(body, service.args.max_generated_image_size))
     text = prompt_of(body.messages)
     prompt: str | OmniTextPrompt = text
     if body.negative_prompt is not None:

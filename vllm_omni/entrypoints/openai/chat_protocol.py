@@ -11,59 +11,128 @@ from vllm_omni.entrypoints.openai.images import Seed
 MAX_TEXT = 1_000_000
 MAX_INT = 2**31 - 1
 """Engines keep these numbers in 32 bits; a larger one would end them."""
+MAX_LIST = 1024
+
+Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+TokenIds = Annotated[list[Count], Field(max_length=MAX_LIST)]
+Short = Annotated[str, Field(max_length=256)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """A part of a request: what it does not know is an error."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Message(_Body):
+class CalledFunction(Body):
+    """The function of a call that the model made."""
+
+    name: Name
+    arguments: Annotated[str, Field(max_length=MAX_TEXT)]
+
+
+class ToolCall(Body):
+    """A call that the model made in an earlier turn."""
+
+    id: Name
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Body):
     """One turn."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_TEXT)] | list[dict[str, Any]]
-    name: str | None = Field(None, max_length=256)
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, Field(max_length=MAX_TEXT)] | list[dict[str, Any]] | None = None
+    name: Short | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_LIST)] | None = None
+    tool_call_id: Short | None = None
+    reasoning: Annotated[str, Field(max_length=MAX_TEXT)] | None = None
+    refusal: Annotated[str, Field(max_length=MAX_TEXT)] | None = None
+    audio: dict[str, Any] | None = None
+    annotations: None = None
+    function_call: None = None
 
 
-class AudioOptions(_Body):
+class AudioOptions(Body):
     """How speech is returned."""
 
-    voice: str | None = Field(None, max_length=256)
+    voice: Short | None = None
     format: Literal["wav", "mp3", "flac", "opus", "pcm16"] = "wav"
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream tells beside the answer."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Body):
     """A schema that the answer keeps."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
-    name: str = "schema"
+    name: str = Field("schema", max_length=256)
+    description: Short | None = None
     json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     """Form of the text."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class ChatCompletionRequest(_Body):
-    """A chat. Fields below the blank line of the class are not OpenAI's; what is not given is the model's default."""
+class StructuredOutputs(Body):
+    """What the text is bound to; one of these."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: Annotated[str, Field(max_length=4096)] | None = None
+    choice: Annotated[list[str], Field(min_length=1, max_length=MAX_LIST)] | None = None
+    grammar: Annotated[str, Field(max_length=65536)] | None = None
+    json_object: bool | None = None
+    structural_tag: Annotated[str, Field(max_length=65536)] | None = None
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: Annotated[str, Field(max_length=65536)] | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool; functions are the only ones."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    """Which function."""
+
+    name: Name
+
+
+class NamedTool(Body):
+    """The one tool that the model has to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class SamplingBody(Body):
+    """How text is sampled: fields of ``/v1/completions`` and of chats. The second half is not OpenAI's."""
+
     model: str | None = None
-    modalities: list[Literal["text", "audio", "image"]] | None = Field(None, min_length=1)
-    audio: AudioOptions | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     max_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -71,17 +140,57 @@ class ChatCompletionRequest(_Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     seed: Seed | None = None
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MAX_LIST)
+    n: int | None = Field(None, ge=1, le=64)
     response_format: ResponseFormat | None = None
-    n: Literal[1] | None = None
-    user: str | None = Field(None, max_length=256)
+    user: Short | None = None
 
     top_k: int | None = Field(None, ge=-1, le=MAX_INT)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=2)
-    min_tokens: int | None = Field(None, ge=0, le=MAX_INT)
+    min_tokens: Count | None = None
     ignore_eos: bool | None = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Annotated[list[Short], Field(max_length=MAX_LIST)] | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
+    structured_outputs: StructuredOutputs | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_INT)
+    truncation_side: Literal["left", "right"] | None = None
+    add_special_tokens: bool | None = None
+    echo: bool | None = None
+    cache_salt: Name | None = None
+    request_id: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+
+class ChatCompletionRequest(SamplingBody):
+    """A chat. What is not given is the model's default; the last part is not OpenAI's."""
+
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+    modalities: list[Literal["text", "audio", "image"]] | None = Field(None, min_length=1)
+    audio: AudioOptions | None = None
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_LIST)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+
+    include_reasoning: bool | None = None
+    thinking_token_budget: Count | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: Annotated[list[dict[str, str]], Field(max_length=MAX_LIST)] | None = None
+    chat_template: Annotated[str, Field(max_length=MAX_TEXT)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    return_prompt_text: bool | None = None
     sampling_params_list: list[dict[str, Any]] | None = None
     size: str | None = Field(None, max_length=16)
     height: int | None = Field(None, ge=16, le=16384)
@@ -99,13 +208,15 @@ PICTURE_FIELDS = (
     "num_outputs_per_prompt",
 )
 """Fields that only a model that makes pictures reads."""
-TEXT_FIELDS = (
-    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
-    *("stop", "min_tokens", "ignore_eos"),
-)
-"""Fields that go to the text stage's sampling parameters by the same name."""
-TEXT_ONLY_FIELDS = (
-    *TEXT_FIELDS,
-    *("max_completion_tokens", "max_tokens", "top_logprobs", "response_format", "audio"),
+_COMMON = {"messages", "model", "modalities", "stream", "stream_options", "seed", "user", "return_stage_metrics"}
+TEXT_ONLY_FIELDS = tuple(
+    name for name in ChatCompletionRequest.model_fields if name not in _COMMON and name not in PICTURE_FIELDS
 )
 """Fields that only a model that makes text reads."""
+_OURS = {"modalities", "audio", "sampling_params_list", "return_stage_metrics", "messages", "model", *PICTURE_FIELDS}
+
+
+def vllm_fields(body: BaseModel) -> dict[str, Any]:
+    """What of a body is vLLM's to read, by the same names; what was not given, or is null, is left out."""
+    names = {name for name in body.model_fields_set if name not in _OURS and getattr(body, name) is not None}
+    return body.model_dump(include=names, by_alias=True, exclude_unset=True)

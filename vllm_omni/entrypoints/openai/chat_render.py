@@ -1,18 +1,16 @@
-"""From messages to a prompt: media are checked here, everything else is vLLM's renderer."""
+"""What comes in with a chat, checked: messages, media and sampling parameters. Rendering them is vLLM's."""
 
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_omni.config.schema import nearest
 from vllm_omni.entrypoints.openai.args import ServeArgs
-from vllm_omni.entrypoints.openai.chat_protocol import MAX_INT, MAX_TEXT, TEXT_FIELDS, ChatCompletionRequest, Message
+from vllm_omni.entrypoints.openai.chat_protocol import MAX_INT, MAX_TEXT, Message
 from vllm_omni.entrypoints.openai.media import Kind, check_media, from_base64, load_media
 from vllm_omni.errors import RequestError, TooLargeError
-from vllm_omni.inputs.data import OmniTextPrompt
 
 _URLS: dict[str, Kind] = {"image_url": "image", "audio_url": "audio", "video_url": "video"}
 _TYPES = {"image": "image/png", "audio": "audio/wav", "video": "video/mp4"}
@@ -20,58 +18,63 @@ MAX_MEDIA = 64
 """Media of one request."""
 
 
-def render(renderer: Any, messages: Sequence[Message], args: ServeArgs) -> OmniTextPrompt:
-    """The prompt of a chat: ``prompt`` and ``multi_modal_data``. Reads and decodes media: not in the event loop.
+def checked_messages(messages: Sequence[Message], args: ServeArgs) -> list[dict[str, Any]]:
+    """The messages as vLLM reads them; every medium is a data URL that was checked. Reads media: not in the event loop.
 
     Raises:
         RequestError: a message or a medium is wrong.
     """
-    from vllm.exceptions import VLLMClientError
-    from vllm.renderers.params import ChatParams
-
-    turns = _turns(messages, args)
-    params = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
-    try:
-        _, rendered = renderer.render_messages(turns, params)
-    except (VLLMClientError, ValueError, TypeError, KeyError, OSError, ImportError, NotImplementedError) as error:
-        raise RequestError(f"messages: {error}", field="messages") from error
-    prompt: OmniTextPrompt = {"prompt": rendered["prompt"]}
-    if "multi_modal_data" in rendered:
-        prompt["multi_modal_data"] = rendered["multi_modal_data"]
-    return prompt
-
-
-def _text_length(message: Message) -> int:
-    if isinstance(message.content, str):
-        return len(message.content)
-    return sum(len(part["text"]) for part in message.content if isinstance(part.get("text"), str))
-
-
-def _turns(messages: Sequence[Message], args: ServeArgs) -> list[dict[str, Any]]:
     if sum(map(_text_length, messages)) > MAX_TEXT:
         raise TooLargeError(f"messages: more than {MAX_TEXT} characters of text", field="messages")
     turns, media = [], 0
     for i, message in enumerate(messages):
-        turn: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.name is not None:
-            turn["name"] = message.name
-        if not isinstance(message.content, str):
-            where = f"messages.{i}.content"
-            turn["content"] = [_part(part, f"{where}.{j}", args) for j, part in enumerate(message.content)]
+        turns.append(_turn(message, f"messages.{i}", args))
+        if isinstance(message.content, list):
             media += sum(part.get("type") != "text" for part in message.content)
-        turns.append(turn)
     if media > MAX_MEDIA:
         raise RequestError(f"messages: {media} media; allowed are {MAX_MEDIA}", field="messages")
     return turns
 
 
+def _text_length(message: Message) -> int:
+    called = sum(len(call.function.arguments) for call in message.tool_calls or ()) + len(message.reasoning or "")
+    if not isinstance(message.content, list):
+        return len(message.content or "") + called
+    return called + sum(len(part["text"]) for part in message.content if isinstance(part.get("text"), str))
+
+
+def _turn(message: Message, where: str, args: ServeArgs) -> dict[str, Any]:
+    if message.audio is not None:
+        raise RequestError(
+            f"{where}.audio: sound of earlier answers is not kept; put its transcript into content",
+            field=f"{where}.audio",
+        )
+    for name, role in (("tool_calls", "assistant"), ("reasoning", "assistant"), ("tool_call_id", "tool")):
+        if getattr(message, name) is not None and message.role != role:
+            raise RequestError(f"{where}.{name}: only for the role {role}", field=f"{where}.{name}")
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    for name in ("name", "tool_call_id", "reasoning"):
+        if getattr(message, name) is not None:
+            turn[name] = getattr(message, name)
+    if message.tool_calls is not None:
+        turn["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+    if message.content is None and not (message.tool_calls or message.refusal):
+        raise RequestError(f"{where}.content is missing", field=f"{where}.content")
+    if isinstance(message.content, list):
+        field = f"{where}.content"
+        turn["content"] = [_part(part, f"{field}.{j}", args) for j, part in enumerate(message.content)]
+    elif message.content is None and message.refusal:
+        turn["content"] = message.refusal
+    return turn
+
+
 def _part(part: Mapping[str, Any], field: str, args: ServeArgs) -> dict[str, Any]:
     """A part of a message in the one form that goes on: text, or a medium as a data URL that was checked."""
     kind = part.get("type")
-    if kind == "text":
-        if not isinstance(part.get("text"), str):
-            raise RequestError(f"{field}.text: expected text", field=f"{field}.text")
-        return {"type": "text", "text": part["text"]}
+    if kind in ("text", "refusal"):
+        if not isinstance(part.get(kind), str):
+            raise RequestError(f"{field}.{kind}: expected text", field=f"{field}.{kind}")
+        return {"type": "text", "text": part[kind]}
     if kind == "input_audio":
         inner = part.get("input_audio")
         if not isinstance(inner, Mapping) or not isinstance(inner.get("data"), str):
@@ -92,28 +95,40 @@ def _as_url(name: str, kind: Kind, data: bytes) -> dict[str, Any]:
     return {"type": name, name: {"url": url}}
 
 
-def text_params(defaults: Mapping[str, Any], body: ChatCompletionRequest) -> Any:
-    """The text stage's sampling parameters: the stage's own, what the request's list says, what its fields say.
-
-    Raises:
-        RequestError: a value is wrong.
-    """
-    given = {name: getattr(body, name) for name in (*TEXT_FIELDS, "seed") if getattr(body, name) is not None}
-    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    if limit is not None:
-        given["max_tokens"] = limit
-    if body.top_logprobs is not None and not body.logprobs:
-        raise RequestError("top_logprobs: needs logprobs=true", field="top_logprobs")
-    if body.logprobs:
-        given["logprobs"] = body.top_logprobs or 0
-    structured = _structured(body)
-    if structured is not None:
-        given["structured_outputs"] = structured
-    return sampling_params({**defaults, **given}, stream=body.stream)
+# ---------------------------------------------------------------- sampling parameters
 
 
-_LISTED = frozenset({*TEXT_FIELDS, "max_tokens", "seed", "extra_args"})
+DEFAULTS = frozenset(
+    {
+        *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
+        *("max_tokens", "stop_token_ids"),
+    }
+)
+"""Sampling parameters whose defaults vLLM's serving code takes apart from the request."""
+_AS_GIVEN = frozenset({"stop", "min_tokens", "ignore_eos", "seed"})
+_OF_REQUESTS = _AS_GIVEN | {
+    *("include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "bad_words"),
+    *("logit_bias", "allowed_token_ids"),
+}
+_LISTED = (DEFAULTS - {"stop_token_ids"}) | _AS_GIVEN | {"extra_args"}
 """What ``sampling_params_list`` may set: these and no other fields of vLLM's are for clients to decide."""
+
+
+def merged(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's own parameters with an entry of ``sampling_params_list`` over them."""
+    values = {**defaults, **row}
+    if row.get("extra_args"):
+        values["extra_args"] = {**defaults.get("extra_args", {}), **row["extra_args"]}
+    return values
+
+
+def divided(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Parameters of the stage that reads the prompt: defaults of vLLM's serving code, fields of its requests, and what
+    is set on the parameters that it makes."""
+    defaults = {name: value for name, value in values.items() if name in DEFAULTS}
+    fields = {name: value for name, value in values.items() if name in _OF_REQUESTS}
+    rest = {name: value for name, value in values.items() if name not in DEFAULTS and name not in _OF_REQUESTS}
+    return defaults, fields, rest
 
 
 def check_listed(row: Mapping[str, Any], defaults: Mapping[str, Any], field: str) -> None:
@@ -143,8 +158,8 @@ def check_listed(row: Mapping[str, Any], defaults: Mapping[str, Any], field: str
             raise RequestError(f"{field}: extra_args: {name}: expected a number", field=field)
 
 
-def sampling_params(values: Mapping[str, Any], stream: bool, field: str = "sampling_params") -> Any:
-    """vLLM's sampling parameters; text comes in pieces with ``stream``, else once.
+def sampling_params(values: Mapping[str, Any], field: str) -> Any:
+    """vLLM's sampling parameters of a later stage.
 
     Raises:
         RequestError: a name or a value is wrong.
@@ -152,21 +167,7 @@ def sampling_params(values: Mapping[str, Any], stream: bool, field: str = "sampl
     from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
     try:
-        return SamplingParams(**{**values, "output_kind": kind})
+        return SamplingParams(**{**values, "output_kind": RequestOutputKind.FINAL_ONLY})
     except (VLLMClientError, TypeError, ValueError) as error:
         raise RequestError(f"{field}: {error}", field=field) from error
-
-
-def _structured(body: ChatCompletionRequest) -> Any:
-    from vllm.sampling_params import StructuredOutputsParams
-
-    form = body.response_format
-    if form is None or form.type == "text":
-        return None
-    if form.type == "json_object":
-        return StructuredOutputsParams(json_object=True)
-    if form.json_schema is None:
-        raise RequestError("response_format.json_schema is missing", field="response_format.json_schema")
-    return StructuredOutputsParams(json=json.dumps(form.json_schema.json_schema))

@@ -11,10 +11,13 @@ from typing import Any
 
 import uvicorn
 
+from vllm_omni.entrypoints import omni_args
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.args import ServeArgs
 from vllm_omni.entrypoints.openai.service import Service
+from vllm_omni.entrypoints.openai.text_args import TextArgs
+from vllm_omni.entrypoints.stage_arguments import runs_on_vllm
 from vllm_omni.errors import ConfigError
 from vllm_omni.logger import init_logger
 
@@ -36,7 +39,7 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def run_server(args: ServeArgs, omni_arguments: Mapping[str, Any]) -> None:
+def run_server(args: ServeArgs, text: TextArgs, omni_arguments: Mapping[str, Any]) -> None:
     """Serve until SIGTERM or Ctrl-C. All stages have ended when it returns.
 
     Raises:
@@ -44,18 +47,48 @@ def run_server(args: ServeArgs, omni_arguments: Mapping[str, Any]) -> None:
         OmniError: the model could not be started.
     """
     with _sigterm_raises(), _bound(args) as sock:
-        omni = AsyncOmni(**omni_arguments)
+        text.check_parsers()
+        omni = AsyncOmni(**with_reasoning(text, omni_arguments))
         try:
-            _serve(args, omni, sock)
+            _serve(args, text, omni, sock)
         except SystemExit:
             logger.info("stopped")  # uvicorn raises the signal again when it has drained
         finally:
             omni.shutdown()
 
 
-def _serve(args: ServeArgs, omni: AsyncOmni, sock: socket.socket) -> None:
+def with_reasoning(text: TextArgs, omni_arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, with the reasoning parser for the engine, too: grammars begin where the reasoning ends.
+
+    Raises:
+        ConfigError: settings for text, of a model that makes none.
+    """
+    out = dict(omni_arguments)
+    if not text.given():
+        return out
+    stage = next(stage for stage in omni_args.resolve(out).pipeline.stages if not stage.engine_input_source)
+    if not runs_on_vllm(stage):
+        name = text.given()[0]
+        raise ConfigError(f"{name}: only for models whose prompt an engine of vLLM's reads", field=name)
+    if text.reasoning_parser is not None:
+        overrides = {str(key): dict(value) for key, value in (out.get("stage_overrides") or {}).items()}
+        overrides.setdefault(str(stage.stage_id), {})["reasoning_parser"] = text.reasoning_parser
+        out["stage_overrides"] = overrides
+    return out
+
+
+def _text(service: Service, args: TextArgs) -> None:
+    """Load vLLM's serving code for a model whose prompt one of its engines reads."""
+    if service.omni.renderer is not None:
+        from vllm_omni.entrypoints.openai.text import Text
+
+        service.text = Text(service, args)
+
+
+def _serve(args: ServeArgs, text: TextArgs, omni: AsyncOmni, sock: socket.socket) -> None:
     model = next((str(s.engine_args["model"]) for s in omni.pipeline.stages if "model" in s.engine_args), "model")
     service = Service(omni, args, args.served_model_name or (model,))
+    _text(service, text)
     config = uvicorn.Config(
         build_app(service),
         log_config=None,

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.args import ServeArgs
@@ -18,6 +18,9 @@ from vllm_omni.entrypoints.openai.voices import voices_of
 from vllm_omni.errors import NotFoundError, OmniError, OverloadError, RequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType, OmniSamplingParams
 from vllm_omni.outputs import OmniRequestOutput, Preview
+
+if TYPE_CHECKING:
+    from vllm_omni.entrypoints.openai.text import Text
 
 T = TypeVar("T")
 ENCODER_THREADS = 4
@@ -42,6 +45,12 @@ class Service:
         self.makes = frozenset(stage.final_output_type for stage in omni.pipeline.stages if stage.final_output)
         """Kinds of output: ``text``, ``image``, ``audio``, ..."""
         self.voices = voices_of(omni)
+        self.reader = next(i for i, stage in enumerate(omni.pipeline.stages) if not stage.engine_input_source)
+        """Place of the stage that reads the prompt."""
+        self.text: Text | None = None
+        """vLLM's serving code, for models whose prompt an engine of vLLM's reads."""
+        self.adapters: frozenset[str] = frozenset()
+        """Names of adapters that requests may name as model."""
         self.profiling = False
         self.metrics = Metrics(lambda: self._open, lambda: omni.orchestrator.loads)
         self._pool = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="encode")
@@ -66,12 +75,16 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raises ``NotFoundError`` when a request names another model."""
-        if name is not None and name not in self.names:
+        if name is not None and name not in self.names and name not in self.adapters:
             raise NotFoundError(
                 f"model={name!r} is not served here; there is {', '.join(self.names)}",
                 field="model",
                 code="model_not_found",
             )
+
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter that a request names as its model; None for the model itself."""
+        return name if name in self.adapters else None
 
     def check_makes(self, kind: str, field: str | None = None) -> None:
         """Raises ``RequestError`` when the model does not make this kind of output."""

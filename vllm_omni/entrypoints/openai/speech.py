@@ -14,9 +14,8 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from vllm_omni.entrypoints.openai.chat import params_of
+from vllm_omni.entrypoints.openai.chat import Chat, begin, new_request_id
 from vllm_omni.entrypoints.openai.chat_protocol import MAX_INT, ChatCompletionRequest
-from vllm_omni.entrypoints.openai.chat_render import render
 from vllm_omni.entrypoints.openai.health import service_of
 from vllm_omni.entrypoints.openai.images import Seed
 from vllm_omni.entrypoints.openai.service import Service
@@ -88,12 +87,11 @@ async def _prepared(service: Service, body: SpeechRequest, voice: str | None) ->
     text = f"{body.instructions or INSTRUCTIONS}\n\n{body.input}"
     turn = {"role": "user", "content": text}
     chat = ChatCompletionRequest.model_validate(
-        {"messages": [turn], "seed": body.seed, "max_tokens": body.max_new_tokens}
+        {"messages": [turn], "seed": body.seed, "max_tokens": body.max_new_tokens, "stream": True}
     )
-    prompt = await service.aside(render, service.omni.renderer, chat.messages, service.args)
-    if voice is not None:
-        prompt["additional_information"] = {"speaker": voice}
-    return prompt, params_of(service, chat), ["audio"]
+    begun, _ = await begin(Chat(service, chat, new_request_id(), voice))
+    prompt, params = begun.made
+    return prompt, params, ["audio"]
 
 
 def _silent() -> RequestError:
