@@ -94,7 +94,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--samples", type=int, default=1200000)
     parser.add_argument("--seconds", type=float, default=240, help="0: export what --resume holds")
-    parser.add_argument("--total-seconds", type=float, default=float("inf"), help="end the training by then")
+    parser.add_argument("--until", type=float, default=float("inf"), help="end the training by then (Unix time)")
     parser.add_argument("--graphs", action="store_true", help="record training steps as CUDA graphs")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--muon-lr", type=float, default=0.02)
@@ -169,7 +169,12 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64
     layout = LAYOUTS[args.layout]
     recipe = Recipe(
-        args.seconds, args.batch, args.muon_lr, args.adam_lr, graphs=args.graphs, deadline=begun + args.total_seconds
+        args.seconds,
+        args.batch,
+        args.muon_lr,
+        args.adam_lr,
+        graphs=args.graphs,
+        deadline=begun + args.until - time.time(),
     )
     with ShardSource(1000003 * (args.seed + 1), TOKENIZER, args.workers) as source:
         if args.seconds > 0:

@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--samples", type=int, default=100000)
     parser.add_argument("--seconds", type=float, default=100, help="of training, compilation excluded")
-    parser.add_argument("--total-seconds", type=float, default=float("inf"), help="end the training by then")
+    parser.add_argument("--until", type=float, default=float("inf"), help="end the training by then (Unix time)")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
@@ -265,7 +265,9 @@ def main() -> None:
     args = parser.parse_args()
     begun = time.monotonic()
     torch.manual_seed(args.seed)
-    recipe = VaeRecipe(args.seconds, args.batch, args.muon_lr, args.adam_lr, args.graphs, begun + args.total_seconds)
+    recipe = VaeRecipe(
+        args.seconds, args.batch, args.muon_lr, args.adam_lr, args.graphs, begun + args.until - time.time()
+    )
     with ShardSource(2000003 * (args.seed + 1), TOKENIZER, args.workers) as source:
         source.order(FORMATS[0], args.samples, min(SHARD, max(args.samples // args.workers, 1)))
         vae = AutoencoderKLQwenImage.from_pretrained(args.start) if args.start else make_vae(LAYOUTS[args.layout])
