@@ -55,11 +55,11 @@ def build_app(service: Service) -> FastAPI:
     app.state.service = service
     errors.install(app)
     for router in (
-        health.router,
-        info.router,
-        images.router,
+        images.router,  # first what is asked for most: the list is searched for each request
         chat.router,
         speech.router,
+        health.router,
+        info.router,
         metrics.router,
         profile.router,
         page.router,

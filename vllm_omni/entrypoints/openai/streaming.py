@@ -38,23 +38,32 @@ async def _gone(receive: Receive) -> None:
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``; when the client goes away, ``work`` is cancelled.
+    """The result of ``work``, which runs in this task; when the client goes away, ``work`` is cancelled.
 
     Raises:
         RequestAborted: the client went away.
     """
-    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise RequestAborted("the client went away")
-        return doing.result()
-    finally:
-        unfinished = [task for task in (doing, leaving) if not task.done()]
-        for task in unfinished:
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    def leave(watch: asyncio.Task[None]) -> None:
+        nonlocal gone
+        if not watch.cancelled():
+            gone = True
             task.cancel()
-        if unfinished:
-            await asyncio.wait(unfinished)
+
+    watch = asyncio.ensure_future(_gone(receive))
+    watch.add_done_callback(leave)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if gone and task.uncancel() == 0:
+            raise RequestAborted("the client went away") from None
+        raise
+    finally:
+        watch.remove_done_callback(leave)
+        watch.cancel()
 
 
 class StreamedResponse(Response):
