@@ -118,3 +118,26 @@ class WatchedProcess:
             )
         except psutil.NoSuchProcess:
             return False
+
+    def is_stopped(self) -> bool:
+        """Whether somebody has frozen it (SIGSTOP, a debugger)."""
+        try:
+            stopped = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+            return self._process is not None and self._process.status() in stopped
+        except psutil.NoSuchProcess:
+            return False
+
+    def children(self) -> list[int]:
+        """Ids of the processes that it and its children have started and that run."""
+        try:
+            return [] if self._process is None else [child.pid for child in self._process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill(self) -> None:
+        """End it by SIGKILL, which acts on a frozen process too."""
+        try:
+            if self._process is not None:
+                self._process.kill()
+        except psutil.NoSuchProcess:
+            return

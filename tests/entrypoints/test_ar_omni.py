@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,10 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from tests.ar_models import save_lm
 from tests.ar_support import SMALL
+from vllm_omni.engine.engine_pulse import EnginePulse
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.omni import Omni
-from vllm_omni.errors import ConfigError, RequestError
+from vllm_omni.errors import ConfigError, RequestError, StageDeadError
 
 GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
 
@@ -137,3 +141,32 @@ def test_async(lm: tuple[Path, Any], omni: Omni) -> None:
         await engine.check_health()
 
     omni._loop.run(main(omni._async))
+
+
+def test_a_frozen_engine(lm: tuple[Path, Any], tmp_path: Path) -> None:
+    """An engine of vLLM's that does not answer between its steps is given up; its request fails, nothing is left."""
+    with Omni(str(lm[0]), stage_configs_path=str(write(tmp_path, {})), heartbeat_timeout=0, stall_timeout=2) as omni:
+        (pid,) = omni._async.stage_infos[0].pids
+        assert len(omni.generate("say", use_tqdm=False)) == 1
+        os.kill(pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        with pytest.raises(StageDeadError, match="has not moved"):
+            omni.generate("say", use_tqdm=False, timeout=60)
+        assert 2 <= time.monotonic() - begun < 5
+        assert omni.errored
+    assert not os.path.exists(f"/proc/{pid}")
+
+
+async def test_beats_of_an_engine() -> None:
+    """A process counts as long as it runs, and stands still when it is stopped."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        beats = EnginePulse(None, [process.pid])  # type: ignore[arg-type]
+        name = f"process {process.pid}"
+        first, second = (beats.vitals(busy=False).beats[name] for _ in range(2))
+        assert first != second
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        first, second = (beats.vitals(busy=False).beats[name] for _ in range(2))
+        assert first == second
+        beats.kill()
+        assert process.wait(10) == -signal.SIGKILL

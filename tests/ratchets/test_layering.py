@@ -13,7 +13,7 @@ LAYERS: tuple[tuple[float, str], ...] = (
     (0, "vllm_omni.lazy"),
     (0, "vllm_omni.logger"),
     (0, "vllm_omni.process"),
-    (0, "vllm_omni.process"),
+    (0, "vllm_omni.pulse"),
     (1, "vllm_omni.inputs"),
     (1, "vllm_omni.outputs"),
     (1, "vllm_omni.request"),

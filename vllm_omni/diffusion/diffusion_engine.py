@@ -168,6 +168,11 @@ class DiffusionEngine(StageEngine):
         error.details.setdefault("stage_id", self.stage_id)
         return StageFailure(request_id, error)
 
+    def load(self) -> tuple[int, int]:
+        """Requests that wait to be encoded, and requests under way."""
+        waiting = len(self._new) + self._scheduler.num_waiting
+        return waiting, len(self._open) - waiting
+
     # ------------------------------------------------------------------------------------------ steps
 
     def has_work(self) -> bool:

@@ -72,6 +72,8 @@ class RankSetup:
     od_config: OmniDiffusionConfig
     init_method: str
     parent_pid: int
+    pulse: str | None = None
+    """Where the rank gives signs of life; None when nobody listens."""
 
 
 # ---------------------------------------------------------------------------------------------- rank -> engine

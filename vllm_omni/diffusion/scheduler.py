@@ -178,6 +178,11 @@ class Scheduler:
         """Latent tokens of encoded requests together."""
         return sum(self._entries[request_id].tokens for request_id in request_ids)
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that no unit has taken yet."""
+        return len(self._entries) - self._held_total
+
     def expired(self, now: float) -> list[tuple[str, Phase]]:
         """Requests whose deadline has passed, with the phase they are in."""
         if not self._deadlines:

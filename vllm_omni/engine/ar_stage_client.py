@@ -30,6 +30,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine.ar_launch import ARStageHandle
+from vllm_omni.engine.engine_pulse import EnginePulse
 from vllm_omni.engine.input_processor import (
     OmniInputProcessor,
     StagePrompt,
@@ -38,7 +39,7 @@ from vllm_omni.engine.input_processor import (
     generation_request,
 )
 from vllm_omni.engine.output_processor import MultimodalOutputProcessor, TakenPayload, take_payloads
-from vllm_omni.engine.stage_seam import StageClient, StageListener, StageOutput
+from vllm_omni.engine.stage_seam import StageClient, StageListener, StageOutput, Vitals
 from vllm_omni.errors import DeadlineError, OmniError, RequestError, StageDeadError, StageError
 
 
@@ -84,6 +85,7 @@ class ARStageClient(StageClient):
         self._tasks: set[asyncio.Task[None]] = set()
         self._outbox: asyncio.Queue[EngineCoreRequest | list[str]] = asyncio.Queue()
         self._traces: set[str] = set()
+        self._pulse = EnginePulse(handle.client, handle.info.pids)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"stage-{self.stage_id}-inputs")
 
     @property
@@ -123,9 +125,18 @@ class ARStageClient(StageClient):
             stage_id=self.stage_id,
             exit_code=codes[0] if codes else None,
         )
+        if isinstance(error, StageDeadError):
+            self._dead = error
         self._open.clear()
         self._owner.clear()
         listener.on_dead(self.stage_id, self._dead)
+
+    def vitals(self) -> Vitals | None:
+        return None if self._listener is None else self._pulse.vitals(bool(self._open))
+
+    def give_up(self, error: StageDeadError) -> None:
+        self._pulse.kill()
+        self._die(error)
 
     # ---------------------------------------------------------------- in
 
@@ -256,6 +267,7 @@ class ARStageClient(StageClient):
     async def _receive(self) -> None:
         while True:
             outputs = await self._client.get_output_async()
+            self._pulse.advance()
             self._take_windows(outputs) if self._generation else self._take_tokens(outputs)
 
     def _take_tokens(self, outputs: EngineCoreOutputs) -> None:
@@ -377,6 +389,7 @@ class ARStageClient(StageClient):
 
     def detach(self) -> None:
         self._listener = None
+        self._pulse.stop()
         reading = self._client.resources.output_queue_task
         for task in (*self._tasks, *(() if reading is None else (reading,))):
             if not task.get_loop().is_closed():

@@ -126,6 +126,10 @@ class StageEngine(ABC):
     def step(self) -> list[StageEvent]:
         """Do one unit of work and return what came of it."""
 
+    def load(self) -> tuple[int, int] | None:
+        """Requests that wait in the engine, and requests that it works on; None when it does not tell."""
+        return None
+
     def check_health(self) -> None:
         """Raise ``StageDeadError`` when a rank is gone or hangs."""
         return

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import process
 from typing import Any
 
+from vllm_omni import pulse
 from vllm_omni.distributed.omni_connectors.utils.arena import Arena
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine import messages as m
@@ -81,11 +82,17 @@ class _Stage:
         """Run until the driver says ``Shutdown``, closes the stream, or SIGTERM comes."""
         while self.running:
             idle = not self.engine.has_work()
+            if idle:
+                pulse.idle(*self._load())
             self._take(None if idle else 0.0)
+            pulse.busy(*self._load())
             if idle and self.running and self.start.batch_wait > 0 and self.engine.has_work():
                 self._gather()
             if self.running and self.engine.has_work():
                 self._step()
+
+    def _load(self) -> tuple[int, int]:
+        return self.engine.load() or (0, len(self._times))
 
     def _take(self, wait: float | None) -> None:
         arrived = self.channel.receive(wait)
@@ -160,6 +167,7 @@ class _Stage:
 
     def _call(self, message: m.Call, payload: memoryview) -> None:
         stage_id = self.start.stage_id
+        pulse.idle(*self._load())  # its caller decides how long it may take
         try:
             args, kwargs = self.codec.decode(payload)
             result = self.codec.encode(_METHODS[message.method](self.engine, *args, **kwargs), holder=os.getppid())
@@ -214,16 +222,18 @@ def _load(start: m.Start, payload: memoryview, codec: Codec) -> StageEngine:
     return cls.from_config(start.stage_id, codec.decode(payload))
 
 
-def stage_main(fd: int, parent_pid: int) -> int:
+def stage_main(fd: int, parent_pid: int, page: int) -> int:
     """Serve one stage on socket ``fd`` until it ends; returns the exit code.
 
     Args:
         fd: number of the inherited socket.
+        page: number of the inherited file in which the processes of the stage give signs of life.
         parent_pid: the driver, where the kernel can tell of its death; 0 where it cannot, because not the driver's main
             thread started this process (the kernel's signal follows that thread, which may end before the driver).
     """
     if parent_pid:
         die_with_parent(parent_pid)
+    pulse.start(page, slot=0)
     state = {"stopping": False}
     sock = socket.socket(fileno=fd)
     sock.set_inheritable(False)
@@ -275,9 +285,9 @@ def _report(channel: _Channel, failed: m.Failed) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """``argv``: number of the socket, process id of the driver or 0."""
+    """``argv``: number of the socket, process id of the driver or 0, number of the pulse's page."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
-    code = stage_main(int(argv[0]), int(argv[1]))
+    code = stage_main(int(argv[0]), int(argv[1]), int(argv[2]))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code) if code else sys.exit(0)

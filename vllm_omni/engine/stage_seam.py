@@ -8,7 +8,7 @@ A client lives in the orchestrator's event loop. Calls return at once; what the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +30,20 @@ class StageOutput:
     """When the engine began the first step that could take it."""
     sent: float
     """When the stage sent this output."""
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """Signs of life of a stage."""
+
+    beats: Mapping[str, int]
+    """By process: a number that changes as long as it runs."""
+    progress: int
+    """A number that changes whenever the work gets on."""
+    busy: bool
+    """Whether there is work."""
+    load: tuple[int, int] | None
+    """Requests that wait in the stage, and requests at work; None when it does not tell."""
 
 
 class StageListener(Protocol):
@@ -90,6 +104,14 @@ class StageClient(ABC):
     @abstractmethod
     async def call(self, method: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         """Call a method of the engine (``check_health``, ``start_profile``, ``stop_profile``, ``call``)."""
+
+    @abstractmethod
+    def vitals(self) -> Vitals | None:
+        """Signs of life; None once the stage is dead or the client detached."""
+
+    @abstractmethod
+    def give_up(self, error: StageDeadError) -> None:
+        """The stage hangs: kill its processes, and tell the listener that it is dead of ``error``."""
 
     @abstractmethod
     def detach(self) -> None:

@@ -21,6 +21,7 @@ from vllm_omni.entrypoints.results import build_output
 from vllm_omni.entrypoints.running_stages import RunningStages, start_stages
 from vllm_omni.entrypoints.sinks import AsyncSink
 from vllm_omni.entrypoints.stage_graph import StageGraph
+from vllm_omni.entrypoints.watch import Watch
 from vllm_omni.errors import RequestError, StageDeadError
 from vllm_omni.inputs.data import OmniPromptType, OmniSamplingParams
 from vllm_omni.logger import init_logger
@@ -63,6 +64,7 @@ class AsyncOmni:
         self._clients = stages.clients(codec)
         self._ranks = {i: [WatchedProcess(pid) for pid in client.info.pids] for i, client in self._clients.items()}
         self._orchestrator = Orchestrator(self._graph, self._clients)
+        self._watch = Watch(self._clients, args.heartbeat_timeout, args.stall_timeout)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._attaching: asyncio.Task[None] | None = None
 
@@ -276,14 +278,19 @@ class AsyncOmni:
         if self._attaching is None or self._loop is not loop:
             if self._loop is not None and not self._loop.is_closed():
                 raise RuntimeError("an AsyncOmni belongs to the event loop in which it was first used")
-            self._loop, self._attaching = loop, loop.create_task(self._orchestrator.attach())
+            self._loop, self._attaching = loop, loop.create_task(self._attach())
         if not self._attaching.done():
             await asyncio.shield(self._attaching)
+
+    async def _attach(self) -> None:
+        await self._orchestrator.attach()
+        self._watch.start()
 
     def shutdown(self) -> None:
         """End every open request and every stage process; returns when all are gone. Idempotent."""
         if self.is_stopped:
             return
+        self._watch.stop()
         self._orchestrator.abort_all(StageDeadError("the engine was shut down"))
         for client in self._clients.values():
             client.detach()

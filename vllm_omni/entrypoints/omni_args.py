@@ -37,6 +37,11 @@ class OmniArgs:
     """Seconds until every single stage must be ready."""
     init_timeout: float = 600.0
     """Seconds until all stages together must be ready."""
+    heartbeat_timeout: float = 20.0
+    """Seconds without a sign of life after which a stage whose process is frozen is given up; 0: never."""
+    stall_timeout: float = 300.0
+    """Seconds after which a stage that has work and does not get on with it is given up; 0: never. A step that takes
+    long gets on: each layer counts. The first step compiles, which does not."""
     shm_threshold_bytes: int = 65536
     """Tensors, arrays, images and bytes larger than this travel between processes in shared memory, not in messages."""
     worker_backend: Literal["multi_process"] = "multi_process"
@@ -55,7 +60,7 @@ class OmniArgs:
         for name in ("stage_init_timeout", "init_timeout"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be above 0", field=name)
-        for name in ("shm_threshold_bytes", "batch_timeout"):
+        for name in ("shm_threshold_bytes", "batch_timeout", "heartbeat_timeout", "stall_timeout"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must not be negative", field=name)
         if self.ray_address is not None:

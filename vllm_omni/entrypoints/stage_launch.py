@@ -22,12 +22,13 @@ from vllm_omni.engine import messages as m
 from vllm_omni.engine.stage_engine import StageInfo
 from vllm_omni.errors import DeadlineError, OmniError, StageDeadError
 from vllm_omni.logger import init_logger
+from vllm_omni.pulse import PulsePage
 
 logger = init_logger(__name__)
 
 _BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
-    "from vllm_omni.engine.stage_process import main; main(sys.argv[1:3])"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[4]); "
+    "from vllm_omni.engine.stage_process import main; main(sys.argv[1:4])"
 )
 GRACE = 5.0
 """Seconds that a stage has to close its engine before it is killed."""
@@ -56,6 +57,8 @@ class StageHandle:
     spec: StageSpec
     process: subprocess.Popen[bytes]
     sock: socket.socket
+    pulse: PulsePage
+    """Signs of life of its processes."""
     info: StageInfo = field(default_factory=lambda: StageInfo("starting"))
     reader: m.FrameReader = field(default_factory=m.FrameReader)
 
@@ -64,15 +67,17 @@ def launch(spec: StageSpec, codec: Codec) -> StageHandle:
     """Start the process of one stage; returns at once."""
     ours, theirs = socket.socketpair()
     parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
+    page = PulsePage()
     with theirs:
+        numbers = [str(number) for number in (theirs.fileno(), parent, page.fd)]
         process = subprocess.Popen(
-            [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(parent), json.dumps(sys.path)],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-c", _BOOT, *numbers, json.dumps(sys.path)],
+            pass_fds=[theirs.fileno(), page.fd],
             stdin=subprocess.DEVNULL,
             process_group=0,
         )
     start = m.Start(spec.stage_id, spec.engine_cls, spec.threshold, spec.batch_wait, spec.batch_size)
-    handle = StageHandle(spec, process, ours)
+    handle = StageHandle(spec, process, ours, page)
     try:
         ours.sendall(m.frame(start, codec.encode(spec.engine_args, holder=process.pid)))
     except (OmniError, OSError):
@@ -176,6 +181,7 @@ def end(handles: Sequence[StageHandle], grace: float = GRACE) -> None:
             handle.process.kill()
         handle.process.wait()
         handle.sock.close()
+        handle.pulse.close()
 
 
 def _wait_exit(handles: Sequence[StageHandle], seconds: float) -> None:

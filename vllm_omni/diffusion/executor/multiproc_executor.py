@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from vllm_omni import pulse
 from vllm_omni.diffusion import ipc
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.executor.abstract import DiffusionExecutor, local_ranks
@@ -83,7 +84,8 @@ class MultiprocDiffusionExecutor(DiffusionExecutor):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=True)
         lifeline_theirs, lifeline_ours = context.Pipe(duplex=False)
-        setup = ipc.RankSetup(rank, local_rank, self._od_config, self._meeting_point.init_method, os.getpid())
+        meeting_point = self._meeting_point.init_method
+        setup = ipc.RankSetup(rank, local_rank, self._od_config, meeting_point, os.getpid(), pulse.path())
         process = context.Process(
             target=rank_main,
             args=(setup, theirs, lifeline_theirs),

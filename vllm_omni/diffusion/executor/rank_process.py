@@ -6,6 +6,7 @@ import os
 import signal
 from multiprocessing.connection import Connection
 
+from vllm_omni import pulse
 from vllm_omni.diffusion import ipc
 from vllm_omni.errors import ConfigError
 from vllm_omni.process import die_with_parent, name_process, watch_lifeline
@@ -22,6 +23,8 @@ def rank_main(setup: ipc.RankSetup, connection: Connection, lifeline: Connection
     die_with_parent(setup.parent_pid)
     watch_lifeline(lifeline)
     name_process(f"omni-rank{setup.rank}")
+    if setup.pulse is not None:
+        pulse.start(setup.pulse, slot=1 + setup.rank)
     # Ctrl-C reaches the whole process group; the engine decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -23,6 +23,7 @@ from vllm_omni.diffusion.registry import get_diffusion_post_process_func
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.memory import MemoryMeter
 from vllm_omni.diffusion.worker.outputs import PendingOutput, PendingPreview, PostProcess, start_images, to_host
+from vllm_omni.diffusion.worker.vitals import report_progress
 from vllm_omni.errors import ConfigError, RequestError, StageError
 from vllm_omni.logger import init_logger
 
@@ -87,7 +88,9 @@ class DiffusionModelRunner:
         loaded = time.perf_counter()
         name = type(pipeline).__name__
         logger.info("rank %d: load: %s in %.2f s", self.rank, name, loaded - started)
-        if not od_config.enforce_eager and self.device.type == "cuda":
+        compiled = not od_config.enforce_eager and self.device.type == "cuda"
+        report_progress(pipeline, compiled=compiled)
+        if compiled:
             compile_repeated_blocks(pipeline, od_config)
             logger.info("rank %d: compile: prepared in %.2f s", self.rank, time.perf_counter() - loaded)
         self._pipeline = pipeline
