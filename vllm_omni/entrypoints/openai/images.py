@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_omni.entrypoints.openai.body_route import BodyRoute
 from vllm_omni.entrypoints.openai.health import service_of
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.streaming import sse, sse_raw, streamed, while_connected
@@ -25,7 +26,7 @@ from vllm_omni.outputs import OmniRequestOutput, Preview
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 MAX_PROMPT = 32_000
 _SIZE = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,5})")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import signal
 import socket
 from collections.abc import Iterator, Mapping
@@ -10,9 +12,11 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from vllm_omni.entrypoints import omni_args
 from vllm_omni.entrypoints.async_omni import AsyncOmni
+from vllm_omni.entrypoints.joined_writes import JoinedWrites
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.args import ServeArgs
 from vllm_omni.entrypoints.openai.service import Service
@@ -23,6 +27,13 @@ from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
 BACKLOG = 2048
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's, with an answer's head and body in one packet."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(JoinedWrites(transport, self.loop))
 
 
 class _Server(uvicorn.Server):
@@ -91,6 +102,9 @@ def _serve(args: ServeArgs, text: TextArgs, omni: AsyncOmni, sock: socket.socket
     _text(service, text)
     config = uvicorn.Config(
         build_app(service),
+        http=_Protocol,
+        loop="uvloop",
+        proxy_headers=args.access_log,
         log_config=None,
         access_log=args.access_log,
         server_header=False,
@@ -105,6 +119,7 @@ def _serve(args: ServeArgs, text: TextArgs, omni: AsyncOmni, sock: socket.socket
     shown = f"[{host}]" if ":" in host else host
     sock.listen(BACKLOG)  # from here on clients wait instead of being refused
     logger.info("serving %s on %s://%s:%d", service.name, scheme, shown, port)
+    gc.freeze()  # what was imported stays; the collector need not look at it during requests
     _Server(config, service).run(sockets=[sock])
 
 
