@@ -17,11 +17,13 @@ from typing import Any, cast
 
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine import messages as m
-from vllm_omni.engine.stage_seam import StageClient, StageListener, StageOutput
+from vllm_omni.engine.stage_seam import StageClient, StageListener, StageOutput, Vitals
 from vllm_omni.entrypoints.joined_writes import JoinedWrites
 from vllm_omni.entrypoints.stage_launch import StageHandle, dead_error
 from vllm_omni.errors import DeadlineError, OmniError, StageDeadError
 from vllm_omni.outputs import Preview
+from vllm_omni.process import WatchedProcess
+from vllm_omni.pulse import SLOTS
 
 __all__ = ["ProcessStageClient", "StageClient", "StageListener", "StageOutput"]
 
@@ -101,12 +103,31 @@ class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
         listener, self._listener = self._listener, None
         if listener is None:
             return
-        self._dead = dead_error(self._handle, self._last_words)
+        self._die(listener, dead_error(self._handle, self._last_words))
+
+    def _die(self, listener: StageListener, error: StageDeadError) -> None:
+        self._dead = error
         for future in self._calls.values():
             if not future.done():
-                future.set_exception(self._dead)
+                future.set_exception(error)
         self._calls.clear()
-        listener.on_dead(self.stage_id, self._dead)
+        listener.on_dead(self.stage_id, error)
+
+    def vitals(self) -> Vitals | None:
+        if self._listener is None:
+            return None
+        found = self._handle.pulse.read()
+        names = ["its process", *(f"rank {slot}" for slot in range(SLOTS))]
+        beats = {f"{names[pulse.slot]} (pid {pulse.pid})": pulse.beat for pulse in found}
+        engine = found[0]  # has beaten before it was ready
+        return Vitals(beats, sum(p.progress for p in found), engine.busy, (engine.queued, engine.running))
+
+    def give_up(self, error: StageDeadError) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            for pulse in reversed(self._handle.pulse.read()):  # the ranks first
+                WatchedProcess(pulse.pid).kill()
+            self._die(listener, error)
 
     def _write(self, message: m.Message, payload: list[m.Buffer] | None = None) -> None:
         if self._dead is not None:
