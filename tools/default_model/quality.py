@@ -1,6 +1,6 @@
 """Quality against speed: how many held-out prompts come out right over steps, guidance and engine settings.
 
-Writes a table (Markdown), the figures (JSON) and the same prompts side by side for every setting (PNG):
+Writes a table (Markdown), the figures (JSON), a chart and the same prompts side by side for every setting (PNG):
 
     python -m tools.default_model.quality --out docs/assets/default_model --number 60
     python -m tools.default_model.quality --setting 'cached={"cache_backend": "step"}' --setting 'plain={}'
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +106,44 @@ def sheet(rows: list[dict[str, Any]], cell: int = 128, label: int = 190) -> Imag
     return canvas
 
 
+LINES = ((200, 60, 50), (40, 90, 215), (45, 150, 65), (140, 60, 180), (230, 130, 20), (70, 70, 70))
+"""Colours of the chart's lines."""
+
+
+def chart(rows: list[dict[str, Any]], width: int = 860, height: int = 460) -> Image.Image:
+    """Right pictures over seconds a picture (on a logarithmic axis), a line per setting and guidance."""
+    canvas = Image.new("RGB", (width, height), (255, 255, 255))
+    pen = ImageDraw.Draw(canvas)
+    left, top, right, bottom = 60, 20, width - 190, height - 50
+    low, high = math.log10(min(r["seconds"] for r in rows) * 0.85), math.log10(max(r["seconds"] for r in rows) * 1.2)
+
+    def place(seconds: float, share: float) -> tuple[float, float]:
+        return left + (math.log10(seconds) - low) / (high - low) * (right - left), bottom - share * (bottom - top)
+
+    for tenth in range(0, 11, 2):
+        y = place(10**low, tenth / 10)[1]
+        pen.line((left, y, right, y), fill=(225, 225, 225))
+        pen.text((left - 40, y - 6), f"{tenth * 10} %", fill=(0, 0, 0))
+    for tick in (a * 10.0**b for b in range(-3, 3) for a in (1, 2, 5)):
+        if 10**low <= tick <= 10**high:
+            x = place(tick, 0)[0]
+            pen.line((x, bottom, x, bottom + 5), fill=(0, 0, 0))
+            pen.text((x - 8, bottom + 8), f"{tick:g}", fill=(0, 0, 0))
+    pen.rectangle((left, top, right, bottom), outline=(0, 0, 0))
+    pen.text((left, bottom + 28), "seconds a picture; the numbers at the points are steps", fill=(0, 0, 0))
+    groups = sorted({(row["setting"], row["guidance"]) for row in rows})
+    for index, group in enumerate(groups):
+        colour = LINES[index % len(LINES)]
+        own = sorted((r for r in rows if (r["setting"], r["guidance"]) == group), key=lambda row: int(row["steps"]))
+        points = [place(row["seconds"], row["right"]) for row in own]
+        pen.line(points, fill=colour, width=2)
+        for row, (x, y) in zip(own, points, strict=True):
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+            pen.text((x + 5, y + 4), str(row["steps"]), fill=colour)
+        pen.text((right + 12, top + 18 * index), f"{group[0]}, guidance {group[1]:g}", fill=colour)
+    return canvas
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The figures as a table."""
     lines = ["| setting | steps | guidance | right | seconds per picture |", "| --- | --- | --- | --- | --- |"]
@@ -135,7 +174,8 @@ def main() -> None:
                 rows.append({"setting": name, **measure(draw, args.number, steps, guidance)})
                 print(markdown(rows[-1:]).splitlines()[-1], flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    sheet(rows).save(args.out / "quality.png")
+    chart(rows).save(args.out / "quality.png")
+    sheet(rows).save(args.out / "pictures.png")
     (args.out / "quality.md").write_text(markdown(rows))
     figures = [{key: value for key, value in row.items() if key != "gallery"} for row in rows]
     (args.out / "quality.json").write_text(json.dumps(figures, indent=1) + "\n")
