@@ -20,6 +20,7 @@ from vllm_omni.config.stage import (
     StageRuntime,
 )
 from vllm_omni.diffusion.registry import ModelFeatures
+from vllm_omni.entrypoints.cli.bench import BENCH
 from vllm_omni.entrypoints.cli.flags import FlagGroup, option_name
 from vllm_omni.entrypoints.cli.groups import ENGINE, OMNI, PARALLEL, SAMPLING, SERVE, TEXT
 from vllm_omni.entrypoints.cli.models import DEFAULTS, model_rows
@@ -83,7 +84,7 @@ def cli_options() -> str:
         "Python: sampling parameters of `OmniDiffusionSamplingParams`, the others of `Omni`. A default that is empty "
         "means that the model decides ([Supported models](supported_models.md) lists the models' defaults).\n"
     )
-    for group in (SAMPLING, OMNI, ENGINE, PARALLEL, SERVE, TEXT):
+    for group in (SAMPLING, OMNI, ENGINE, PARALLEL, SERVE, TEXT, BENCH):
         text += f"\n## {group.panel}\n\nFields of `{group.cls.__name__}`.\n\n" + option_table(group)
     return text
 

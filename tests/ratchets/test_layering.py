@@ -47,6 +47,7 @@ LAYERS: tuple[tuple[float, str], ...] = (
     (6, "vllm_omni.entrypoints"),
     (7, "vllm_omni.entrypoints.cli"),
     (7, "vllm_omni.entrypoints.openai"),
+    (7, "vllm_omni.benchmarks"),
     (7, "vllm_omni.__main__"),
 )
 AR_SIDE = ("vllm_omni.model_executor", "vllm_omni.worker", "vllm_omni.core", "vllm_omni.engine.ar")

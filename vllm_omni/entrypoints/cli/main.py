@@ -18,6 +18,7 @@ from vllm_omni.version import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("vllm_omni.entrypoints.cli.generate", "Make pictures from prompts."),
     "serve": ("vllm_omni.entrypoints.cli.serve", "Serve a model over HTTP, as OpenAI's clients expect it."),
+    "bench": ("vllm_omni.entrypoints.cli.bench", "Measure a running server."),
     "config": ("vllm_omni.entrypoints.cli.config", "Show settings and where they come from."),
     "models": ("vllm_omni.entrypoints.cli.models", "List the supported models with their features and defaults."),
     "tiny-model": ("vllm_omni.entrypoints.cli.tiny_model", "Write a tiny random checkpoint in the released layout."),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 
 from vllm_omni.config.stage import StageConfig
+from vllm_omni.entrypoints.openai.body_route import BodyRoute
 from vllm_omni.entrypoints.openai.chat_pictures import chat_with_pictures, picture_params
 from vllm_omni.entrypoints.openai.chat_protocol import PICTURE_FIELDS, ChatCompletionRequest, vllm_fields
 from vllm_omni.entrypoints.openai.chat_render import check_listed, checked_messages, divided, merged, sampling_params
@@ -30,7 +31,7 @@ from vllm_omni.outputs import OmniRequestOutput
 if TYPE_CHECKING:
     from vllm_omni.entrypoints.openai.text import Turn
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 _ERROR = 'data: {"error"'
 _DONE = DONE.decode()
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from vllm_omni.entrypoints.openai.body_route import BodyRoute
 from vllm_omni.entrypoints.openai.chat import Chat, begin, new_request_id
 from vllm_omni.entrypoints.openai.chat_protocol import MAX_INT, ChatCompletionRequest
 from vllm_omni.entrypoints.openai.health import service_of
@@ -26,7 +27,7 @@ from vllm_omni.entrypoints.results import join
 from vllm_omni.errors import RequestError
 from vllm_omni.outputs import OmniRequestOutput
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 MAX_INPUT = 4096
 INSTRUCTIONS = "Read the following text aloud, word for word, and say nothing else."
 
