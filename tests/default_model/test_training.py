@@ -165,10 +165,19 @@ def test_states_are_saved_and_loaded(tmp_path: Path, text_encoder: Qwen2_5_VLFor
         for name, parameter in text_encoder.named_parameters():
             if "visual." not in name:
                 parameter.zero_()
-    load_state(tmp_path, {"text_encoder": text_encoder})
+    load_state([tmp_path], {"text_encoder": text_encoder})
     assert all(torch.equal(before[name], tensor) for name, tensor in text_encoder.state_dict().items())
     with pytest.raises(FileNotFoundError):
-        load_state(tmp_path / "nothing", {"text_encoder": text_encoder})
+        load_state([tmp_path / "nothing"], {"text_encoder": text_encoder})
+
+
+def test_several_states_are_averaged(tmp_path: Path) -> None:
+    part = nn.Linear(2, 1)
+    for name, value in (("one", 1.0), ("two", 4.0)):
+        nn.init.constant_(part.weight, value)
+        save_state(tmp_path / name, {"part": part})
+    load_state([tmp_path / "one", tmp_path / "two"], {"part": part})
+    assert part.weight.tolist() == [[2.5, 2.5]]
 
 
 def test_shards_depend_on_their_seed_alone() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from tools.default_model.data import SHARD, TOKENIZER, ShardSource
@@ -58,22 +58,27 @@ def save_state(folder: Path, modules: dict[str, nn.Module]) -> None:
         partial.rename(folder / f"state-{index}.safetensors")
 
 
-def load_state(folder: Path, modules: dict[str, nn.Module]) -> None:
-    """Load what `save_state` wrote, or the weights of an exported checkpoint.
-
-    Raises:
-        FileNotFoundError: if there is neither in the folder.
-    """
+def _read(folder: Path) -> dict[str, Tensor]:
     if (folder / "model_index.json").exists():
         transformer = QwenImageTransformer2DModel.from_pretrained(str(folder / "transformer"))
         text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(str(folder / "text_encoder"))
-        modules["transformer"].load_state_dict(transformer.float().state_dict())
-        modules["text_encoder"].load_state_dict(text_encoder.float().state_dict())
-        return
+        parts = {"transformer": transformer.float(), "text_encoder": text_encoder.float()}
+        return {f"{prefix}.{name}": t for prefix, part in parts.items() for name, t in part.state_dict().items()}
     paths = sorted(folder.glob("state-*.safetensors"))
     if not paths:
-        raise FileNotFoundError(f"no state-*.safetensors in {folder}")
-    tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+        raise FileNotFoundError(f"neither state-*.safetensors nor a checkpoint in {folder}")
+    return {name: tensor for path in paths for name, tensor in load_file(path).items()}
+
+
+def load_state(folders: list[Path], modules: dict[str, nn.Module]) -> None:
+    """Load what `save_state` wrote, or the weights of an exported checkpoint; of several folders the mean.
+
+    Raises:
+        FileNotFoundError: if there is neither in a folder.
+        ValueError: if the weights are of other modules.
+    """
+    read = [_read(folder) for folder in folders]
+    tensors = {name: torch.stack([state[name].float() for state in read]).mean(0) for name in read[0]}
     for prefix, module in modules.items():
         own = {name.removeprefix(prefix + "."): t for name, t in tensors.items() if name.startswith(prefix + ".")}
         missing, unknown = module.load_state_dict(own, strict=False)
@@ -89,7 +94,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layout", choices=tuple(LAYOUTS), default="fine")
     parser.add_argument("--vae", type=Path, required=True, help="the autoencoder, from tools.default_model.train_vae")
     parser.add_argument("--wait", type=float, default=0, help="seconds to wait for the autoencoder to appear")
-    parser.add_argument("--resume", type=Path, help="folder with a saved state or a checkpoint to go on from")
+    parser.add_argument(
+        "--resume", type=Path, nargs="+", help="folders with a saved state or a checkpoint to go on from their mean"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--samples", type=int, default=1200000)
