@@ -44,14 +44,14 @@ class Shard:
 
 
 TRAINING_MIX = {
-    "single": 0.07,
-    "position": 0.07,
+    "single": 0.06,
+    "position": 0.06,
     "texture": 0.14,
     "count": 0.14,
     "relation": 0.22,
     "inside": 0.12,
     "between": 0.11,
-    "things": 0.06,
+    "things": 0.08,
     "text": 0.07,
 }
 """Share of each kind of picture in training: more of what is hard than the world has."""

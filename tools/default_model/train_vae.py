@@ -265,6 +265,7 @@ def main() -> None:
     args = parser.parse_args()
     begun = time.monotonic()
     torch.manual_seed(args.seed)
+    torch._dynamo.config.recompile_limit = 64
     recipe = VaeRecipe(
         args.seconds, args.batch, args.muon_lr, args.adam_lr, args.graphs, begun + args.until - time.time()
     )
