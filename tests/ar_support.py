@@ -45,6 +45,7 @@ class Result:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: Any = None
+    prompt_logprobs: Any = None
     finish_reason: str | None = None
     stop_reason: Any = None
     payloads: list[dict[str, Any]] = field(default_factory=list)
@@ -145,6 +146,7 @@ class Stage:
                 result, completion = self.results[request_output.request_id], request_output.outputs[0]
                 result.tokens, result.text = list(completion.token_ids), completion.text
                 result.logprobs, result.stop_reason = completion.logprobs, completion.stop_reason
+                result.prompt_logprobs = request_output.prompt_logprobs or result.prompt_logprobs
                 result.cached = request_output.num_cached_tokens or 0
                 result.finish_reason, result.finished = completion.finish_reason, request_output.finished
         for payload in taken:

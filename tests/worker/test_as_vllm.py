@@ -2,18 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from vllm import LLM
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from tests.ar_models import HIDDEN, LAYERS, save_lm
 from tests.ar_support import SMALL, Stage, StageSet
+from vllm_omni.errors import RequestError
 
 TEXTS = ["say it again", "You are Qwen, a virtual human", "describe what you see"]
+JSON = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": False}
 OTHER = {name: value for name, value in SMALL.items() if name != "distributed_executor_backend"}
 
 
@@ -61,8 +64,13 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> LoRARequest:
         ),
         SamplingParams(temperature=0.0, logprobs=3, max_tokens=6),
         SamplingParams(temperature=0.0, max_tokens=12, logit_bias={7: 50.0}, stop_token_ids=[7]),
+        SamplingParams(
+            temperature=0.0, max_tokens=24, structured_outputs=StructuredOutputsParams(choice=["yes", "no"])
+        ),
+        SamplingParams(temperature=0.0, max_tokens=24, structured_outputs=StructuredOutputsParams(regex="[ab]{3}-7")),
+        SamplingParams(temperature=0.0, max_tokens=40, structured_outputs=StructuredOutputsParams(json=JSON)),
     ],
-    ids=["greedy", "seeded", "penalties", "logprobs", "stop token"],
+    ids=["greedy", "seeded", "penalties", "logprobs", "stop token", "choice", "regex", "json"],
 )
 def test_same_as_plain(plain: LLM, stage: Stage, params: SamplingParams) -> None:
     expected = plain.generate(TEXTS, params, use_tqdm=False)
@@ -73,11 +81,30 @@ def test_same_as_plain(plain: LLM, stage: Stage, params: SamplingParams) -> None
         assert got.text == completion.text
         assert (got.finish_reason, got.stop_reason) == (completion.finish_reason, completion.stop_reason)
         assert got.rows("hidden.1").shape[0] == len(want.prompt_token_ids or []) + len(got.tokens) - 1
-        if completion.logprobs is not None:
-            for ours, theirs in zip(got.logprobs, completion.logprobs, strict=True):
-                assert {k: round(v.logprob, 4) for k, v in ours.items()} == {
-                    k: round(v.logprob, 4) for k, v in theirs.items()
-                }
+        assert rounded(got.logprobs) == rounded(completion.logprobs)
+
+
+def rounded(logprobs: Any) -> Any:
+    """Log probabilities of each position, without what floating point adds."""
+    return [item and {k: round(v.logprob, 4) for k, v in item.items()} for item in logprobs or ()]
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_prompt_in_parts(stage: Stage, start_stage: StageSet, folder: Path, seed: int | None) -> None:
+    """What a part of a prompt samples is thrown away: neither tokens nor the generator of a seeded request move."""
+    parts = start_stage(folder, hidden_layers=(-1,), max_num_batched_tokens=8, enable_chunked_prefill=True)
+    params = SamplingParams(temperature=0.0 if seed is None else 0.9, seed=seed, max_tokens=10)
+    texts = [text * 3 for text in TEXTS]
+    steps = parts.num_steps
+    for got, want in zip(parts.ask(texts, params), stage.ask(texts, params), strict=True):
+        assert got.tokens == want.tokens
+    assert parts.num_steps - steps > 15
+
+
+def test_prompt_logprobs_beside_adapters(stage: Stage) -> None:
+    """vLLM's engine would end of them on CPU."""
+    with pytest.raises(RequestError, match="prompt_logprobs"):
+        stage.ask(TEXTS[:1], SamplingParams(max_tokens=1, prompt_logprobs=1))
 
 
 def test_stop_string(plain: LLM, stage: Stage) -> None:
@@ -93,12 +120,13 @@ def test_stop_string(plain: LLM, stage: Stage) -> None:
 def test_lora(plain: LLM, stage: Stage, adapter: LoRARequest) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=12)
     expected = plain.generate(TEXTS, params, use_tqdm=False, lora_request=adapter)
+    without = plain.generate(TEXTS, params, use_tqdm=False)
     results = [stage.add(f"lora{i}", text, params, lora_request=adapter) for i, text in enumerate(TEXTS)]
+    bases = [stage.add(f"base{i}", text, params) for i, text in enumerate(TEXTS)]
     stage.run()
-    (base,) = stage.ask(TEXTS[:1], params)  # not in one batch: vLLM's LoRA on CPU applies one adapter to a whole batch
-    for want, got in zip(expected, results, strict=True):
+    for want, got in zip([*expected, *without], [*results, *bases], strict=True):
         assert got.tokens == list(want.outputs[0].token_ids)
-    assert base.tokens != results[0].tokens
+    assert bases[0].tokens != results[0].tokens
 
 
 def test_prefix_cache(stage: Stage) -> None:

@@ -8,10 +8,10 @@ import torch
 from vllm.sampling_params import SamplingParams
 
 from tests.ar_models import save_lm
-from tests.ar_support import Stage, StageSet
+from tests.ar_support import Result, Stage, StageSet
 
 LAYERS = (0, 1, 2, -1)
-GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, prompt_logprobs=0)
 PROMPTS = [list(range(5, 5 + n)) for n in (7, 19, 40)]
 
 
@@ -41,6 +41,17 @@ def check(model: Any, stage: Stage) -> None:
             rows = result.rows(f"hidden.{layer}")
             assert rows.shape == states[layer].shape
             torch.testing.assert_close(rows, states[layer], atol=1e-5, rtol=1e-4)
+        check_prompt_logprobs(model, prompt, result)
+
+
+@torch.inference_mode()
+def check_prompt_logprobs(model: Any, prompt: list[int], result: Result) -> None:
+    """The first position has none; each further one has at least its own token's."""
+    first, *rest = result.prompt_logprobs
+    assert first is None
+    got = [found[token].logprob for found, token in zip(rest, prompt[1:], strict=True)]
+    logits = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+    torch.testing.assert_close(torch.tensor(got), logits.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0])
 
 
 def test_states_of_prompt_and_tokens(model: tuple[Path, Any], start_stage: StageSet) -> None:

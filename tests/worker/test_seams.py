@@ -30,7 +30,7 @@ OURS = [
 ]
 OWN_PRIVATE = {
     "_attach", "_find_hooks", "_gated", "_generate", "_hidden_rows", "_read",
-    "_rows", "_run", "_sender", "_step", "_update_omni", "_write_embeddings",
+    "_rows", "_run", "_sample_all", "_sender", "_step", "_update_omni", "_write_embeddings",
 }  # fmt: skip
 """Our own, not vLLM's."""
 CONSTRUCTORS = {MultimodalOutputProcessor}

@@ -10,6 +10,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.inputs import TokensPrompt
+from vllm.platforms import current_platform
 from vllm.pooling_params import PoolingParams
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 from vllm.sampling_params import SamplingParams
@@ -152,6 +153,8 @@ class OmniInputProcessor(InputProcessor):
         params = SamplingParams() if params is None else params
         if params.n != 1:
             raise RequestError(f"n={params.n}: a stage gives one answer; send the prompt n times", field="n")
+        if self.lora_config is not None and params.prompt_logprobs is not None and current_platform.is_cpu():
+            raise RequestError("prompt_logprobs: vLLM has none on CPU with enable_lora", field="prompt_logprobs")
         try:
             rendered = self._render(parts.prompt)
             request = self.process_inputs(request_id, rendered, params, ("generate",), lora_request=lora_request)

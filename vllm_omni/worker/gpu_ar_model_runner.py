@@ -152,14 +152,26 @@ class GPUARModelRunner(OmniGPUModelRunner):
         self._sampled = output.sampled_token_ids
         return output
 
+    def _sample_all(self, grammar_output: Any) -> Any:
+        """vLLM's sampling. A prompt that goes on in a later step has its sample thrown away: its generator must not
+        move. vLLM winds it back, which only CUDA's generators can; others are taken away for the step."""
+        generators, partial = self.input_batch.generators, self.discard_request_mask.np
+        aside = [] if self.device.type == "cuda" else [index for index in generators if partial[index]]
+        kept = {index: generators.pop(index) for index in aside}
+        output = super().sample_tokens(grammar_output)
+        generators.update(kept)
+        return output
+
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         """vLLM's sampling, then the model's step hook; attaches ``pooler_output``."""
         step = self.execute_model_state
-        if step is None or not self._works:
+        if step is None:
             return super().sample_tokens(grammar_output)
+        if not self._works:
+            return self._sample_all(grammar_output)
         rows = self._rows()
-        output = super().sample_tokens(grammar_output)
+        output = self._sample_all(grammar_output)
         chosen, layers = self._hidden_rows(rows, step)
         held = [self._held.setdefault(row.state.request_id, HeldRows()) for row in chosen]
         emission = Emission(self._sender(), len(rows), chosen, layers, held)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 from vllm_omni.config.model import OmniModelConfig
@@ -16,6 +17,7 @@ from vllm_omni.model_executor.models.registry import ensure_registered
 from vllm_omni.process import die_with_process
 from vllm_omni.worker.gpu_ar_model_runner import GPUARModelRunner
 from vllm_omni.worker.gpu_generation_model_runner import GPUGenerationModelRunner
+from vllm_omni.worker.lora import fits_nothing
 from vllm_omni.worker.model_runner import OmniGPUModelRunner
 
 if current_platform.is_cpu():
@@ -39,6 +41,7 @@ class OmniWorker(VllmWorker):
         if not isinstance(config, OmniModelConfig):
             raise ConfigError("an omni worker needs a configuration made by OmniEngineArgs", field="worker_cls")
         self._folder = config.runtime_path
+        self._fitting: set[tuple[int, str]] = set()
         clean = None if self._folder is None else partial(remove_folder, self._folder)
         die_with_process(config.driver_pid, clean)
         if self._folder is not None and self.distributed_init_method.startswith("file://"):  # type: ignore[has-type]
@@ -56,6 +59,21 @@ class OmniWorker(VllmWorker):
 
     def _make_model_runner(self) -> OmniGPUModelRunner:
         return self.runner_cls(self.vllm_config, self.device)
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load an adapter.
+
+        Raises:
+            ValueError: its weights are for none of the model's modules: it would do nothing.
+        """
+        added: bool = super().add_lora(lora_request)
+        key = (lora_request.lora_int_id, lora_request.lora_path)
+        if key not in self._fitting:
+            if fits_nothing(self.model_runner.lora_manager, lora_request.lora_int_id):
+                self.remove_lora(lora_request.lora_int_id)
+                raise ValueError(f"the weights in {lora_request.lora_path} are for no module of the model")
+            self._fitting.add(key)
+        return added
 
     def omni_counts(self) -> dict[str, int]:
         """Open requests and shared-memory segments that are still read, for health reports and tests."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
+from vllm.model_executor.models.interfaces import supports_lora
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -20,6 +21,7 @@ from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.errors import ConfigError, OmniError
 from vllm_omni.model_executor.models.interfaces import OmniRequestState, OmniWarmUp
 from vllm_omni.worker.emission import Sender
+from vllm_omni.worker.lora import cpu_lora_manager
 from vllm_omni.worker.payload import OmniPayload, payload_of, unpack
 
 if current_platform.is_cpu():
@@ -57,6 +59,13 @@ class OmniGPUModelRunner(VllmModelRunner):
         super().load_model(*args, **kwargs)
         self._omni_rank = get_tp_group().rank_in_group
         self._find_hooks(self.get_model())
+
+    def load_lora_model(self, model: Any, vllm_config: VllmConfig, device: torch.device) -> Any:
+        """vLLM's own; on CPU with a manager under which a step may hold requests without an adapter as well."""
+        if self.device.type != "cpu" or not supports_lora(model):
+            return super().load_lora_model(model, vllm_config, device)
+        self.lora_manager = cpu_lora_manager(vllm_config, device, model)
+        return self.lora_manager.create_lora_manager(model, vllm_config)
 
     def _find_hooks(self, model: torch.nn.Module) -> None:
         """Note which protocols of ``model_executor.models.interfaces`` the model implements."""
