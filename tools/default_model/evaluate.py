@@ -25,7 +25,7 @@ from tools.default_model.shapes import draw as draw_records
 from tools.default_model.world import FORMATS, sample
 
 SEED = 2026
-"""Of the held-out prompts; picture i is drawn with the seed SEED + i."""
+"""Of the held-out prompts; picture i is drawn with the seed SEED + i. Choose between models with another one."""
 
 Draw = Callable[[list[str], list[int], int, int, int, float], list[np.ndarray]]
 """(prompts, seeds, width, height, steps, guidance) to pictures (H, W, 3), uint8."""
@@ -78,13 +78,13 @@ def reconstruct(folder: Path, device: str, scenes: list[Scene]) -> list[np.ndarr
     return out
 
 
-def draw_scenes(draw: Draw, scenes: list[Scene], steps: int, guidance: float) -> list[np.ndarray]:
-    """The pictures of all scenes, in their order."""
+def draw_scenes(draw: Draw, scenes: list[Scene], steps: int, guidance: float, seed: int = SEED) -> list[np.ndarray]:
+    """The pictures of all scenes, in their order; the first is drawn with that seed, the next with the next."""
     pictures: dict[int, np.ndarray] = {}
     for width, height in FORMATS:
         chosen = [i for i, s in enumerate(scenes) if (s.width, s.height) == (width, height)]
         if chosen:
-            prompts, seeds = [scenes[i].caption for i in chosen], [SEED + i for i in chosen]
+            prompts, seeds = [scenes[i].caption for i in chosen], [seed + i for i in chosen]
             pictures.update(zip(chosen, draw(prompts, seeds, width, height, steps, guidance), strict=True))
     return [pictures[i] for i in range(len(scenes))]
 
@@ -118,11 +118,11 @@ def grid(pictures: list[np.ndarray], columns: int, cell: int = 160) -> Image.Ima
 
 
 def evaluate(
-    draw: Draw, scenes: list[Scene], steps: int, guidance: float, pool: Executor | None = None
+    draw: Draw, scenes: list[Scene], steps: int, guidance: float, pool: Executor | None = None, seed: int = SEED
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Draw, judge and count; returns the figures with the failures' reasons, and the pictures."""
     begun = time.monotonic()
-    pictures = draw_scenes(draw, scenes, steps, guidance)
+    pictures = draw_scenes(draw, scenes, steps, guidance, seed)
     seconds = time.monotonic() - begun
     verdicts = judge_all(pictures, scenes, pool)
     wrong = [
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--number", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=SEED, help="of the prompts and of the first picture")
     parser.add_argument("--steps", type=int, nargs="+", default=[20])
     parser.add_argument("--guidance", type=float, nargs="+", default=[4.0])
     parser.add_argument("--workers", type=int, default=1)
@@ -155,7 +156,7 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, help="pictures of the first prompts of the last setting")
     parser.add_argument("--failures", type=Path, help="pictures that were judged wrong in the last setting")
     args = parser.parse_args()
-    scenes = held_out_scenes(args.number)
+    scenes = held_out_scenes(args.number, args.seed)
     results = []
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(args.workers, context, torch.set_num_threads, (1,)) as pool:
@@ -165,7 +166,7 @@ def main() -> None:
             print("encoded and decoded: " + " ".join(f"{name} {r}/{n}" for name, (r, n) in counts.items()), flush=True)
         draw = diffusers_draw(args.model, args.device, args.batch)
         for steps, guidance in itertools.product(args.steps, args.guidance):
-            figures, pictures = evaluate(draw, scenes, steps, guidance, pool)
+            figures, pictures = evaluate(draw, scenes, steps, guidance, pool, args.seed)
             right, number = figures["right"]["all"]
             share, seconds = right / number, figures["seconds"]
             print(f"steps {steps} guidance {guidance}: {right}/{number} = {share:.1%}, {seconds:.1f} s")
