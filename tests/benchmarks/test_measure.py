@@ -122,13 +122,19 @@ def test_quantiles_are_values_that_occurred() -> None:
 
 def test_summary() -> None:
     requests = [finished("a", i / 10, images=2) for i in range(1, 11)]
-    requests += [finished("b", 0.001, "429"), finished("b", 0.002, "429"), finished("b", 9.0, "timeout")]
+    requests += [
+        finished("b", 0.001, "429", retry_after=3.0),
+        finished("b", 0.002, "429"),
+        finished("b", 9.0, "timeout"),
+    ]
     run = Run(begun=0.0, end=10.0, cpu_seconds=1.0, requests=requests)
     out = summarise(run, LOAD, {"e2e": 0.5}, {"0": {"run": 0.25}})
     assert (out["requests"], out["succeeded"], out["requests_per_s"]) == (13, 10, 1.0)
     assert out["e2e"]["p50"] == pytest.approx(0.5)
     assert out["e2e"]["max"] == pytest.approx(1.0)
     assert out["images_per_s"] == 2.0
+    waits = out["errors"]["429"].pop("retry_after_s")
+    assert (waits["told"], waits["p50"], waits["max"]) == (1, 3.0, 3.0)
     assert out["errors"] == {"429": {"count": 2, "first": "why"}, "timeout": {"count": 1, "first": "why"}}
     assert out["goodput"]["requests_per_s"] == pytest.approx(0.5)
     assert out["goodput"]["share"] == pytest.approx(5 / 13)

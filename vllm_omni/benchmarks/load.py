@@ -108,6 +108,8 @@ async def _ask(client: HttpClient, call: Call, data: bytes, load: Load, out: Mea
         while True:
             answer = await client.send(data, max(0.0, deadline - time.perf_counter()))
             out.status, out.end = answer.status, answer.end
+            if answer.status == 429:
+                out.retry_after = retry_after(answer) if "retry-after" in answer.headers else None
             if answer.status != 429 or not load.retry_429 or out.retries >= MAX_RETRIES:
                 break
             out.retries += 1

@@ -73,6 +73,8 @@ class Measured:
     """Kind of failure; None when all went well."""
     message: str = ""
     retries: int = 0
+    retry_after: float | None = None
+    """Seconds that a refusal (429) asked to wait."""
     images: int = 0
     prompt_tokens: int = 0
     text_tokens: int = 0

@@ -96,7 +96,13 @@ def _part(requests: Sequence[Measured], label: str, objectives: Mapping[str, flo
 def _errors(requests: Sequence[Measured]) -> dict[str, dict[str, Any]]:
     counts = Counter(request.error for request in requests if request.error is not None)
     first = {request.error: request.message for request in reversed(requests) if request.error is not None}
-    return {str(kind): {"count": count, "first": first[kind]} for kind, count in counts.most_common()}
+    out: dict[str, dict[str, Any]] = {}
+    for kind, count in counts.most_common():
+        out[str(kind)] = {"count": count, "first": first[kind]}
+    waits = [request.retry_after for request in requests if request.error == "429" and request.retry_after is not None]
+    if waits:
+        out["429"]["retry_after_s"] = {"told": len(waits), **spread(waits)}
+    return out
 
 
 def rows(run: Run) -> list[dict[str, Any]]:

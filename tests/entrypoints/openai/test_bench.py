@@ -71,6 +71,7 @@ def test_open_loop_beyond_the_queue(pictures: Server, tmp_path: Path) -> None:
     refused = result["errors"]["429"]["count"]
     assert refused == answers(pictures, 429) - before > 0
     assert result["succeeded"] == 400 - refused > 0
+    assert result["errors"]["429"]["retry_after_s"]["told"] == refused
     assert "requests are open" in result["errors"]["429"]["first"]
     assert result["load"] == {"request_rate": 3000.0}
 
