@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "zmq": "pyzmq", "huggingface_hub": "transformers"}
 FROM_EXTRAS = {"vllm", "flash_attn"}
 # Imported only where another library of the list brings it.
-BROUGHT_ALONG = {"packaging": "transformers", "tokenizers": "transformers", "typing_extensions": "pydantic"}
+BROUGHT_ALONG = {"packaging": "transformers", "tokenizers": "transformers", "typing_extensions": "pydantic", "triton": "torch"}
 
 
 def test_every_data_file_is_in_the_wheel() -> None:

@@ -39,10 +39,11 @@ def kaiser_sinc_filter(cutoff: float, half_width: float, taps: int) -> torch.Ten
 class AntiAliasedSnake(nn.Module):
     """Upsample by two, SnakeBeta, downsample by two; [B, C, T] keeps its shape.
 
-    One filter serves every channel, so the channels are folded into the batch.
+    One filter serves every channel, so the channels are folded into the batch. ``fused``: as one kernel, on a GPU.
     """
 
     filter: torch.Tensor
+    fused = False
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -50,6 +51,14 @@ class AntiAliasedSnake(nn.Module):
         self.register_buffer("filter", kaiser_sinc_filter(0.25, 0.3, _TAPS), persistent=False)
 
     def forward(self, x_BCT: torch.Tensor) -> torch.Tensor:
+        if self.fused:
+            from vllm_omni.model_executor.layers.snake_kernel import anti_aliased_snake
+
+            return anti_aliased_snake(x_BCT, self.filter, self.act.alpha, self.act.beta)
+        return self.plain(x_BCT)
+
+    def plain(self, x_BCT: torch.Tensor) -> torch.Tensor:
+        """The same in PyTorch."""
         batch, channels, length = x_BCT.shape
         pad = _TAPS // 2 - 1  # rows copied at each border before the transposed convolution
         cut = pad * 2 + (_TAPS - 2) // 2

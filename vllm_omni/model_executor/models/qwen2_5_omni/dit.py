@@ -122,9 +122,10 @@ class _Layer(nn.Module):
     def forward(self, x_NSC: torch.Tensor, modulation: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(6)
         mask = layout.mask(self.look_back, self.look_ahead)
-        normed = self.norm(x_NSC) * (1 + scale) + shift
-        x_NSC = x_NSC + gate * self.attn(normed, layout, mask, self.look_back, self.look_ahead)
-        return x_NSC + gate_ff * self.ff(self.norm(x_NSC) * (1 + scale_ff) + shift_ff)
+        normed = torch.addcmul(shift, self.norm(x_NSC), 1 + scale)
+        x_NSC = torch.addcmul(x_NSC, gate, self.attn(normed, layout, mask, self.look_back, self.look_ahead))
+        normed = torch.addcmul(shift_ff, self.norm(x_NSC), 1 + scale_ff)
+        return torch.addcmul(x_NSC, gate_ff, self.ff(normed))
 
 
 class _InputEmbed(nn.Module):

@@ -5,12 +5,14 @@ The solver is the "3/8 rule" of fourth order. Chen et al., "F5-TTS", 2024 (sway 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vllm_omni.errors import RequestError
+from vllm_omni.model_executor.layers.graphed import record
 from vllm_omni.model_executor.models.qwen2_5_omni.dit import BlockLayout, CodecDiT
 
 _GUIDED_ABOVE = 1e-5
@@ -61,6 +63,97 @@ class FlowInput:
     """Initial noise."""
 
 
+class GraphedFlow:
+    """``CodecDiT`` as CUDA graphs, one for each of a few numbers of blocks; other numbers, and a CPU, run it as it is.
+
+    ``begin`` sets what stays the same over the evaluations of a sampling. Blocks that fill up to a captured number see
+    none but themselves.
+    """
+
+    def __init__(self, dit: CodecDiT) -> None:
+        self._dit = dit
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, _Buffers, torch.Tensor]] = {}
+        self._current: int | None = None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Captured numbers of blocks, in order."""
+        return sorted(self._captured)
+
+    def capture(self, sizes: Sequence[int]) -> None:
+        """Capture a graph for each number of blocks."""
+        pool = None
+        for size in sorted(sizes, reverse=True):
+            buffers = _Buffers.make(self._dit, size)
+            graph, out = record(functools.partial(buffers.run, self._dit), pool)
+            pool = graph.pool()
+            self._captured[size] = graph, buffers, out
+
+    def begin(self, condition: torch.Tensor, layout: BlockLayout) -> None:
+        """Prepare for evaluations with this condition and layout."""
+        blocks = condition.shape[0]
+        self._current = next((size for size in self.sizes if blocks <= size <= 2 * blocks + 8), None)
+        if self._current is not None:
+            self._captured[self._current][1].begin(condition, layout)
+
+    def __call__(
+        self, x: torch.Tensor, condition: torch.Tensor, modulation: torch.Tensor, layout: BlockLayout
+    ) -> torch.Tensor:
+        """One evaluation; ``modulation`` is the joined row of all tables."""
+        if self._current is None:
+            return self._dit(x, condition, _parts(self._dit, modulation), layout)
+        graph, buffers, out = self._captured[self._current]
+        buffers.x[: x.shape[0]].copy_(x)
+        buffers.modulation.copy_(modulation)
+        graph.replay()
+        return out[: x.shape[0]].clone()
+
+
+@dataclass
+class _Buffers:
+    """What a captured evaluation reads."""
+
+    x: torch.Tensor
+    condition: torch.Tensor
+    modulation: torch.Tensor
+    layout: BlockLayout
+
+    @classmethod
+    def make(cls, dit: CodecDiT, blocks: int) -> _Buffers:
+        """Buffers of ``blocks`` blocks, each alone."""
+        config, weight = dit.config, dit.proj_out.weight
+        alone = dit.layout([config.block_size] * blocks)
+        alone.padded = True
+        width = 2 * config.hidden_size + 6 * config.hidden_size * config.num_hidden_layers
+        return cls(
+            weight.new_zeros(blocks, config.block_size, config.mel_dim),
+            weight.new_zeros(blocks, config.block_size, config.hidden_size),
+            weight.new_zeros(width),
+            alone,
+        )
+
+    def begin(self, condition: torch.Tensor, layout: BlockLayout) -> None:
+        """Copy what stays; the blocks behind it become blocks that are alone."""
+        count, mine = condition.shape[0], self.layout
+        self.condition[:count].copy_(condition)
+        for name in ("cos", "sin", "valid", "back", "ahead"):
+            getattr(mine, name)[:count].copy_(getattr(layout, name))
+        mine.valid[count:] = True
+        mine.back[count:] = False
+        mine.ahead[count:] = False
+
+    def run(self, dit: CodecDiT) -> torch.Tensor:
+        """The evaluation."""
+        return dit(self.x, self.condition, _parts(dit, self.modulation), self.layout)
+
+
+def _parts(dit: CodecDiT, modulation: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """A joined row of modulations as ``CodecDiT`` takes it."""
+    sizes = [6 * dit.config.hidden_size] * dit.config.num_hidden_layers + [2 * dit.config.hidden_size]
+    *layers, out = modulation.split(sizes)
+    return layers, out
+
+
 class MelSampler:
     """Runs the flow for batches of requests; keeps the modulation tables of each set of time points.
 
@@ -69,14 +162,15 @@ class MelSampler:
 
     def __init__(self, dit: CodecDiT) -> None:
         self.dit = dit
-        self._tables: dict[FlowSettings, tuple[list[torch.Tensor], torch.Tensor]] = {}
+        self.graphs = GraphedFlow(dit)
+        self._tables: dict[FlowSettings, torch.Tensor] = {}
 
-    def _modulation(self, settings: FlowSettings, evaluation: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _modulation(self, settings: FlowSettings, evaluation: int) -> torch.Tensor:
         if settings not in self._tables:
             device = self.dit.proj_out.weight.device
-            self._tables[settings] = self.dit.modulations(_evaluation_times(settings.times()).to(device))
-        layers, out = self._tables[settings]
-        return [table[evaluation] for table in layers], out[evaluation]
+            layers, out = self.dit.modulations(_evaluation_times(settings.times()).to(device))
+            self._tables[settings] = torch.cat([*layers, out], dim=1)
+        return self._tables[settings][evaluation]
 
     def sample(self, batch: Sequence[FlowInput], settings: FlowSettings) -> list[torch.Tensor]:
         """Mel spectrogram [F, mel_dim] of each request."""
@@ -87,6 +181,7 @@ class MelSampler:
         layout = self.dit.layout(frames * 2 if guided else frames)
         if guided:
             condition = torch.cat([condition, self._pack([item.plain_FC for item in batch])])
+        self.graphs.begin(condition, layout)
         times = settings.times().tolist()
         for step in range(settings.num_steps - 1):
             x = self._step(x, condition, layout, settings, step, times[step + 1] - times[step])
@@ -120,8 +215,8 @@ class MelSampler:
     ) -> torch.Tensor:
         modulation = self._modulation(settings, evaluation)
         if settings.guidance_scale < _GUIDED_ABOVE:
-            return self.dit(x, condition, modulation, layout)
-        with_voice, without = self.dit(torch.cat([x, x]), condition, modulation, layout).chunk(2)
+            return self.graphs(x, condition, modulation, layout)
+        with_voice, without = self.graphs(torch.cat([x, x]), condition, modulation, layout).chunk(2)
         return with_voice + (with_voice - without) * settings.guidance_scale
 
     def _pack(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -13,7 +13,8 @@ codes of context on both sides (``stage_input_processors.codec_chunks``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,18 +23,23 @@ from vllm.config import VllmConfig
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_omni.errors import ConfigError, RequestError
+from vllm_omni.logger import init_logger
 from vllm_omni.model_executor.models.interfaces import OmniRequestState
-from vllm_omni.model_executor.models.qwen2_5_omni.bigvgan import BigVGAN
+from vllm_omni.model_executor.models.qwen2_5_omni.bigvgan import AntiAliasedSnake, BigVGAN
 from vllm_omni.model_executor.models.qwen2_5_omni.dit import CodecDiT
 from vllm_omni.model_executor.models.qwen2_5_omni.flow import FlowInput, FlowSettings, MelSampler
 from vllm_omni.model_executor.models.qwen2_5_omni.voices import Voice, load_voices
 from vllm_omni.model_executor.models.utils import OnePassModel
+
+logger = init_logger(__name__)
 
 SAMPLE_RATE = 24000
 _PREFIX = "token2wav."
 _FLOW_FRAMES = 32768
 """Mel frames in one batch of the flow, to bound its memory; one request may have more."""
 _VOCODER_FRAMES = 8192
+GRAPHED_BLOCKS = (4, 8, 16, 24, 32, 64, 128)
+"""Blocks, with those of the unguided half, for which the flow is captured: windows of one stream to about four."""
 
 
 @dataclass
@@ -107,7 +113,10 @@ class Qwen2_5OmniToken2WavModel(OnePassModel):
 
     def omni_generate(self, states: Sequence[OmniRequestState]) -> list[dict[str, Any]]:
         """Sound of every window. Requests share batches; none changes another's result beyond rounding."""
-        windows = [self._window(state) for state in states]
+        with _products_as_convolutions():
+            return self._generate([self._window(state) for state in states])
+
+    def _generate(self, windows: Sequence[_Window]) -> list[dict[str, Any]]:
         mels: list[torch.Tensor] = [torch.empty(0)] * len(windows)
         for settings in dict.fromkeys(window.flow for window in windows):
             chosen = [i for i, w in enumerate(windows) if w.flow == settings and len(w.codes)]
@@ -123,11 +132,30 @@ class Qwen2_5OmniToken2WavModel(OnePassModel):
         return outputs
 
     def omni_warm_up(self, max_num_seqs: int) -> None:
-        """Compute what each voice and the default time points add, and run one short window."""
+        """Compute what each voice and the default time points add, capture the flow, and run one short window."""
         device = self.code2wav_dit_model.proj_out.weight.device
+        if device.type == "cuda":
+            self._use_kernels(device)
+            with _products_as_convolutions():
+                self._sampler.graphs.capture(GRAPHED_BLOCKS)
         for voice in self.voices.values():
             self._rows_of(voice, device)
         self.omni_generate([OmniRequestState("warm-up", 1, info={"codes": [0] * 24})])
+
+    def _use_kernels(self, device: torch.device) -> None:
+        """Run the vocoder's activations as one kernel each where that kernel works here."""
+        from vllm_omni.model_executor.layers import snake_kernel
+
+        activation = self.code2wav_bigvgan_model.activation_post
+        act = activation.act
+        x = torch.linspace(-3, 3, 1000, device=device).view(1, 1, -1).repeat(1, len(act.alpha), 1)
+        wrong = snake_kernel.check(x, activation.filter, act.alpha, act.beta, activation.plain(x))
+        if wrong is not None:
+            logger.warning("token2wav runs its activations in PyTorch: %s", wrong)
+            return
+        for module in self.code2wav_bigvgan_model.modules():
+            if isinstance(module, AntiAliasedSnake):
+                module.fused = True
 
     def _window(self, state: OmniRequestState) -> _Window:
         codes = state.info.get("codes")
@@ -175,6 +203,17 @@ class Qwen2_5OmniToken2WavModel(OnePassModel):
                 for i, wave in zip(part, self.code2wav_bigvgan_model(batch), strict=True):
                     waves[i] = wave
         return waves
+
+
+@contextlib.contextmanager
+def _products_as_convolutions() -> Iterator[None]:
+    """Matrix products in TF32 where convolutions are (PyTorch's default on a GPU): both make the same sound."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _split(items: Sequence[int], sizes: Sequence[int], limit: int) -> list[list[int]]:

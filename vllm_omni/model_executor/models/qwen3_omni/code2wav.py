@@ -10,12 +10,17 @@ from vllm.config import VllmConfig
 
 from vllm_omni.errors import RequestError
 from vllm_omni.model_executor.layers.dense import load_dense_weights
+from vllm_omni.model_executor.layers.graphed import batch_sizes
 from vllm_omni.model_executor.models.interfaces import OmniRequestState
 from vllm_omni.model_executor.models.qwen3_omni.vocoder import CodeWindow, Vocoder
 from vllm_omni.model_executor.models.utils import OnePassModel
 
 SAMPLE_RATE = 24000
 FIRST_FRAMES = 4
+STEADY_FRAMES = 25
+"""New frames in the windows of a running stream, as the stage configurations have them."""
+GRAPHED_BATCH = 16
+"""More windows than this in one run are bound by arithmetic, not by launches."""
 
 
 class Qwen3OmniCode2WavForConditionalGeneration(OnePassModel):
@@ -39,9 +44,11 @@ class Qwen3OmniCode2WavForConditionalGeneration(OnePassModel):
         return [{"audio": wave, "sr": SAMPLE_RATE} for wave in self.vocoder.decode(windows)]
 
     def omni_warm_up(self, max_num_seqs: int) -> None:
-        """Decode first windows of 1 and of ``max_num_seqs`` requests: CUDA's libraries choose their kernels then."""
+        """Capture the windows of streams; decode first windows of 1 and of ``max_num_seqs`` requests, so that CUDA's
+        libraries choose their kernels."""
         if self.vocoder.device.type != "cuda":
             return
+        self.vocoder.capture([size for size in batch_sizes(max_num_seqs) if size <= GRAPHED_BATCH], STEADY_FRAMES)
         codes = torch.zeros(FIRST_FRAMES, self.vocoder.groups, dtype=torch.int64, device=self.vocoder.device)
         for count in {1, max_num_seqs}:
             self.vocoder.decode([CodeWindow(codes)] * count)

@@ -200,7 +200,10 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
     def omni_warm_up(self, max_num_seqs: int) -> None:
         """Capture the code predictor: sixteen tiny passes a frame are bound by launches otherwise."""
         device = self.suppressed.device
-        if self._eager or device.type != "cuda":
+        if device.type != "cuda":
+            return
+        self.code_predictor.use_kernels()
+        if self._eager:
             return
         row = self.model.embed_input_ids(torch.zeros(1, dtype=torch.int64, device=device))
         greedy = torch.ones(1, dtype=torch.bool, device=device)

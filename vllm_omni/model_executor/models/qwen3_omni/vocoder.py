@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm_omni.model_executor.layers.dense import DenseLayer, DenseSpec, RMSNorm, rope_table, sliding_causal_mask
+from vllm_omni.model_executor.layers.graphed import GraphedGrid
 from vllm_omni.model_executor.layers.snake import SnakeBeta
 
 _DILATIONS = (1, 3, 9)
@@ -168,6 +169,7 @@ class Vocoder(nn.Module):
                 CausalConv(widths[-1], 1, _KERNEL),
             ]
         )
+        self.graphed_frames, self.graphed_wave = GraphedGrid(self.frames), GraphedGrid(self.wave)
         self.samples_per_frame, self.lookahead, self.conv_context = _geometry([*self.upsample, self.decoder])
 
     @property
@@ -215,18 +217,29 @@ class Vocoder(nn.Module):
         """
         hidden: list[torch.Tensor] = [torch.empty(0)] * len(windows)
         for group in _groups([w.codes_TQ.shape[0] for w in windows], 4 * max_frames):
-            out = self.frames(_pad([windows[i].codes_TQ for i in group]))
+            out = self.graphed_frames(_pad([windows[i].codes_TQ for i in group]))
             for row, i in enumerate(group):
                 hidden[i] = out[row, : windows[i].codes_TQ.shape[0]]
         pieces = [(i, *piece) for i, window in enumerate(windows) for piece in self._pieces(window, max_frames)]
         waves: list[list[torch.Tensor]] = [[] for _ in windows]
         for group in _groups([end - start for _, start, _, end in pieces], max_frames):
-            out = self.wave(_pad([hidden[pieces[g][0]][pieces[g][1] : pieces[g][3]] for g in group])).float()
+            out = self.graphed_wave(_pad([hidden[pieces[g][0]][pieces[g][1] : pieces[g][3]] for g in group])).float()
             for row, g in enumerate(group):
                 i, start, fresh, end = pieces[g]
                 skip = (fresh - start) * self.samples_per_frame - self.lookahead if fresh else 0
                 waves[i].append(out[row, skip : (end - start) * self.samples_per_frame - self.lookahead])
         return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in waves]
+
+    def capture(self, batches: Sequence[int], steady_frames: int) -> None:
+        """Capture graphs for the windows of streams: of few frames at the beginning, of ``steady_frames`` later."""
+        context = self.conv_context + 1
+        grown = [frames for frames in (4, 4 + 8, context + 16, context + steady_frames) if frames <= 64]
+        codes = torch.zeros(1, 1, self.groups, dtype=torch.int64, device=self.device)
+        self.graphed_frames.capture(
+            [(b, t) for b in batches for t in (*grown, 128, 256, 512, 640) if b * t <= 5120], codes
+        )
+        hidden = self.code_embedding(codes[:, :, 0])
+        self.graphed_wave.capture([(b, t) for b in batches for t in grown if b * t <= 640], hidden)
 
     def _pieces(self, window: CodeWindow, max_frames: int) -> Iterator[tuple[int, int, int]]:
         """Cut a window for the convolutions: (start, first fresh frame, end) in frames of the window."""

@@ -1,0 +1,118 @@
+"""The code predictor on kernels gives what it gives in plain PyTorch: in Triton's interpreter here, on a GPU there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_omni.model_executor.models.qwen3_omni.code_predictor import CodePredictor
+
+ROOT = Path(__file__).parents[3]
+TINY = SimpleNamespace(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    num_code_groups=4,
+    rms_norm_eps=1e-6,
+    rope_parameters={"rope_theta": 10000.0},
+)
+FULL = SimpleNamespace(
+    vocab_size=2048,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=5,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    num_code_groups=16,
+    rms_norm_eps=1e-6,
+    rope_parameters={"rope_theta": 1000000.0},
+)
+
+
+def draw(config: Any, dtype: torch.dtype, device: str = "cpu") -> CodePredictor:
+    """A predictor whose codes depend on everything."""
+    torch.manual_seed(0)
+    model = CodePredictor(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.normal_(1.0, 0.1)
+        else:
+            parameter.data.normal_(0.0, 1.0 if "embedding" in name else parameter.shape[-1] ** -0.5)
+    return model.to(device, dtype)
+
+
+def compare(dtype: torch.dtype) -> None:
+    """Greedy and drawn rows together, on a CPU."""
+    from vllm_omni.model_executor.layers import dense_kernels
+
+    model = draw(TINY, dtype)
+    assert dense_kernels.check(model.spec, TINY.vocab_size, torch.device("cpu"), dtype) is None
+    hidden, first = torch.randn(2, 3, TINY.hidden_size, dtype=dtype)
+    noise = model.noise(3, {}, hidden.device)
+    for greedy in (torch.tensor([True, False, True]), torch.tensor([False, True, False])):
+        want_codes, want_total = model(hidden, first, greedy, noise)
+        codes, total = model._fused(hidden, first, greedy, noise)
+        assert torch.equal(codes, want_codes)
+        torch.testing.assert_close(total, want_total, atol=2e-2 if dtype == torch.float16 else 1e-5, rtol=0)
+        assert len(set(codes.flatten().tolist())) > codes.numel() // 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves are tested below")
+def test_interpreted_kernels() -> None:
+    """In Triton's interpreter; float16 has 16-bit logits, which are searched differently. A process of its own: Triton
+    reads the switch when it is imported."""
+    pytest.importorskip("triton")
+    command = (
+        "import torch; from tests.model_executor.layers.test_dense_kernels import compare\n"
+        "with torch.inference_mode(): compare(torch.float32); compare(torch.float16); print('equal')"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("equal\n"), done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3, 16, 33, 64])
+@torch.inference_mode()
+def test_kernels_in_float32(batch: int) -> None:
+    """The released sizes: the same codes, greedy and drawn."""
+    model = draw(FULL, torch.float32, "cuda")
+    hidden, first = torch.randn(2, batch, FULL.hidden_size, device="cuda")
+    greedy = torch.arange(batch, device="cuda") % 2 == 0
+    noise = model.noise(batch, {}, hidden.device)
+    model.use_kernels()
+    assert model.fused
+    codes, total = model(hidden, first, greedy, noise)
+    model.fused = False
+    want_codes, want_total = model(hidden, first, greedy, noise)
+    same = (codes == want_codes).all(dim=1)
+    assert same.float().mean() >= 0.9  # a row goes its own way where two codes are all but equal
+    torch.testing.assert_close(total[same], want_total[same], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_kernels_in_bfloat16() -> None:
+    """First codes of many rows, before rounding can lead them apart; and all rows are alike in a batch and alone."""
+    model = draw(FULL, torch.bfloat16, "cuda")
+    hidden, first = torch.randn(2, 64, FULL.hidden_size, device="cuda", dtype=torch.bfloat16)
+    greedy = torch.ones(64, dtype=torch.bool, device="cuda")
+    noise = model.noise(64, {}, hidden.device)
+    model.use_kernels()
+    assert model.fused
+    codes, _ = model(hidden, first, greedy, noise)
+    alone = torch.cat([model(hidden[i : i + 1], first[i : i + 1], greedy[:1], noise[:1])[0] for i in range(8)])
+    assert (codes[:8, 0] == alone[:, 0]).float().mean() >= 0.7
+    model.fused = False
+    want, _ = model(hidden, first, greedy, noise)
+    assert (codes[:, 0] == want[:, 0]).float().mean() >= 0.7
