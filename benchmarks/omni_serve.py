@@ -130,8 +130,9 @@ async def measure(args: argparse.Namespace, report: Report) -> None:
             speaker = Speaker(omni, vocabulary(folder), args.run)
             shapes = [Shape(*map(int, name.split("/"))) for name in args.shapes]
             await _speech(args, speaker, shapes[:-1], report, deadline)
-            if plain is not None:
+            if args.plain != "none":
                 await _text(args, speaker, plain, report, deadline)
+            if plain is not None:
                 plain.close()
             if args.trace:
                 await _trace(args, speaker, report)
@@ -166,12 +167,14 @@ async def _speech(
 
 
 async def _text(
-    args: argparse.Namespace, speaker: Speaker | None, plain: PlainVllm, report: Report, deadline: float
+    args: argparse.Namespace, speaker: Speaker | None, plain: PlainVllm | None, report: Report, deadline: float
 ) -> None:
-    """Text alone, ours and plain vLLM's in turns: ours, plain, plain, ours."""
-    report("plain start", await plain.read())
-    words = vocabulary(plain.folder)
-    source = speaker or Speaker(None, words, args.run + 50)
+    """Text alone, ours and plain vLLM's in turns: ours, plain, plain, ours; or that side alone which there is."""
+    source = speaker
+    if plain is not None:
+        report("plain start", await plain.read())
+        source = source or Speaker(None, vocabulary(plain.folder), args.run + 50)
+    assert source is not None
     longest = {prompt: text for prompt, text, _ in sorted(tuple(map(int, name.split("/"))) for name in args.shapes)}
     for prompt, text in longest.items():
         shape = Shape(prompt, min(text, args.text_limit), 0)
@@ -179,14 +182,16 @@ async def _text(
             if deadline - time.monotonic() < 20:
                 report(f"text {shape.name} c={clients}", "left out: no time left")
                 continue
-            await plain.run(source.prompts(shape, clients), 16, clients)
+            if plain is not None:
+                await plain.run(source.prompts(shape, clients), 16, clients)
             found: dict[str, list[Any]] = {"ours": [], "plain": []}
             for turn in ("ours", "plain", "plain", "ours") * args.turns:
-                if turn == "plain":
+                if turn == "plain" and plain is not None:
                     found[turn].append(await plain.run(source.prompts(shape, clients), shape.text, clients))
-                elif speaker is not None:
+                elif turn == "ours" and speaker is not None:
                     found[turn].append(await speaker.run(shape, clients, clients))
-            report(f"text {shape.name} c={clients}", found)
+            sides = {side: turns for side, turns in found.items() if turns}
+            report(f"text {shape.name} c={clients}" + (" (plain alone)" if speaker is None else ""), sides)
 
 
 async def _trace(args: argparse.Namespace, speaker: Speaker, report: Report) -> None:
