@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 router = APIRouter(route_class=BodyRoute)
 MAX_PROMPT = 32_000
+SMALL = 32 * 32
+"""Pixels that are encoded in less time than it takes to wake another thread."""
 _SIZE = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,5})")
 
 Format = Literal["png", "jpeg", "webp"]
@@ -150,7 +152,9 @@ async def generations(body: ImageGenerationRequest, request: Request) -> Respons
     if body.stream:
         return await streamed(request, _events(service, body, params), service.args.send_timeout)
     outputs = await while_connected(request.receive, service.collect(_prompt(body), params, ["image"]))
-    return Response(await service.aside(_answer, body, outputs), media_type="application/json")
+    small = sum(image.width * image.height for output in outputs for image in output.images) <= SMALL
+    answer = _answer(body, outputs) if small else await service.aside(_answer, body, outputs)
+    return Response(answer, media_type="application/json")
 
 
 async def _events(service: Service, body: ImageGenerationRequest, params: Sequence[Any]) -> AsyncGenerator[bytes, None]:
