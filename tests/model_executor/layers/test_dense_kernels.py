@@ -1,4 +1,4 @@
-"""The code predictor on kernels gives what it gives in plain PyTorch: in Triton's interpreter here, on a GPU there."""
+"""Kernels give what plain PyTorch gives: all of them in Triton's interpreter, the code predictor's on a GPU."""
 
 import os
 import subprocess
@@ -73,8 +73,10 @@ def test_interpreted_kernels() -> None:
     reads the switch when it is imported."""
     pytest.importorskip("triton")
     command = (
-        "import torch; from tests.model_executor.layers.test_dense_kernels import compare\n"
-        "with torch.inference_mode(): compare(torch.float32); compare(torch.float16); print('equal')"
+        "import torch; from tests.model_executor.layers import test_dense_kernels, test_snake_kernel\n"
+        "with torch.inference_mode():\n"
+        "    for dtype in (torch.float32, torch.float16): test_dense_kernels.compare(dtype)\n"
+        "    test_snake_kernel.compare('cpu'); print('equal')"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", command], env=environment, cwd=ROOT, capture_output=True, text=True)

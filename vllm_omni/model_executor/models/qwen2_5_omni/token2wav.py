@@ -149,7 +149,9 @@ class Qwen2_5OmniToken2WavModel(OnePassModel):
         activation = self.code2wav_bigvgan_model.activation_post
         act = activation.act
         x = torch.linspace(-3, 3, 1000, device=device).view(1, 1, -1).repeat(1, len(act.alpha), 1)
-        wrong = snake_kernel.check(x, activation.filter, act.alpha, act.beta, activation.plain(x))
+        wrong = snake_kernel.check(
+            lambda: snake_kernel.anti_aliased_snake(x, activation.filter, act.alpha, act.beta), activation.plain(x)
+        )
         if wrong is not None:
             logger.warning("token2wav runs its activations in PyTorch: %s", wrong)
             return

@@ -49,14 +49,15 @@ class Voices(Mapping[str, Voice]):
         return len(self._voices)
 
     def pick(self, name: Any) -> Voice:
-        """The voice that a request asks for; ``None`` asks for the default one.
+        """The voice that a request asks for, in whatever case; ``None`` asks for the default one.
 
         Raises:
             RequestError: the checkpoint has no such voice.
         """
         if name is None:
             name = self.default
-        if not isinstance(name, str) or name not in self._voices:
+        known = {voice.casefold(): voice for voice in self._voices}
+        if not isinstance(name, str) or name.casefold() not in known:
             hint = nearest(str(name), self._voices)
             raise RequestError(
                 f"speaker={name!r} is not a voice of this model{hint}",
@@ -64,7 +65,7 @@ class Voices(Mapping[str, Voice]):
                 value=str(name),
                 allowed=", ".join(self._voices),
             )
-        return self._voices[name]
+        return self._voices[known[name.casefold()]]
 
 
 def load_voices(model: str, revision: str | None = None, cache_dir: str | None = None) -> Voices:

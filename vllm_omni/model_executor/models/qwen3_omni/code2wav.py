@@ -9,11 +9,15 @@ import torch
 from vllm.config import VllmConfig
 
 from vllm_omni.errors import RequestError
+from vllm_omni.logger import init_logger
 from vllm_omni.model_executor.layers.dense import load_dense_weights
 from vllm_omni.model_executor.layers.graphed import batch_sizes
+from vllm_omni.model_executor.layers.snake import fuse_snakes
 from vllm_omni.model_executor.models.interfaces import OmniRequestState
 from vllm_omni.model_executor.models.qwen3_omni.vocoder import CodeWindow, Vocoder
 from vllm_omni.model_executor.models.utils import OnePassModel
+
+logger = init_logger(__name__)
 
 SAMPLE_RATE = 24000
 FIRST_FRAMES = 4
@@ -48,6 +52,9 @@ class Qwen3OmniCode2WavForConditionalGeneration(OnePassModel):
         libraries choose their kernels."""
         if self.vocoder.device.type != "cuda":
             return
+        wrong = fuse_snakes(self.vocoder)
+        if wrong is not None:
+            logger.warning("code2wav runs its activations in PyTorch: %s", wrong)
         self.vocoder.capture([size for size in batch_sizes(max_num_seqs) if size <= GRAPHED_BATCH], STEADY_FRAMES)
         codes = torch.zeros(FIRST_FRAMES, self.vocoder.groups, dtype=torch.int64, device=self.vocoder.device)
         for count in {1, max_num_seqs}:
