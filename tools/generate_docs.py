@@ -23,7 +23,7 @@ from vllm_omni.diffusion.registry import ModelFeatures
 from vllm_omni.entrypoints.cli.bench import BENCH
 from vllm_omni.entrypoints.cli.flags import FlagGroup, option_name
 from vllm_omni.entrypoints.cli.groups import ENGINE, OMNI, PARALLEL, SAMPLING, SERVE, TEXT
-from vllm_omni.entrypoints.cli.models import DEFAULTS, model_rows
+from vllm_omni.entrypoints.cli.models import DEFAULTS, model_rows, omni_rows
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "user_guide"
 NOTE = "<!-- Written by tools/generate_docs.py (make docs); do not edit. -->\n\n"
@@ -148,6 +148,26 @@ def supported_models() -> str:
             sizes = f"multiples of {facts['size_multiple']}"
             lines.append((checkpoint, *values, sizes, str(facts["max_sequence_length"])))
         text += table(head, lines)
+    return text + omni_models()
+
+
+def omni_models() -> str:
+    """Families of stages on vLLM."""
+    text = (
+        "\n# Models of several stages\n\nThe checkpoint has `config.json`; its `model_type` picks the stage "
+        "configuration that comes with the package. Others are named with `--stage-configs-path`, as are yours "
+        "([Stage configuration](stage_configuration.md)).\n"
+    )
+    for row in omni_rows():
+        text += f"\n## {row['class']}\n\n{row['task'].capitalize()}.\n\n"
+        text += "".join(f"- {name}\n" for name in row["checkpoints"]) + "\n"
+        lines = []
+        for stage in row["stages"]:
+            defaults = ", ".join(f"`{key}` {value}" for key, value in stage["default_sampling_params"].items())
+            out = stage["final_output_type"] or "-"
+            lines.append((str(stage["stage_id"]), stage["model_stage"], stage["stage_type"], out, defaults or "-"))
+        text += table(("Stage", "Role", "Kind", "Answers with", "Default sampling parameters"), lines)
+        text += "\nConfigurations: " + ", ".join(f"`{name}.yaml`" for name in row["stage_configs"]) + ".\n"
     return text
 
 

@@ -15,6 +15,7 @@ from vllm_omni import envs
 from vllm_omni.diffusion.registry import supported_models
 from vllm_omni.entrypoints.cli import config, models, tiny_model
 from vllm_omni.entrypoints.cli.main import COMMANDS, run
+from vllm_omni.model_executor.families import FAMILIES
 from vllm_omni.version import __version__
 
 HEAVY = ("torch", "vllm", "diffusers", "transformers", "numpy")
@@ -112,13 +113,32 @@ def test_models_lists_the_registry(cli) -> None:  # type: ignore[no-untyped-def]
     status, out, _ = cli("models", "--json")
     rows = {row["class"]: row for row in json.loads(out)}
     assert status == 0
-    assert set(rows) == set(supported_models())
+    omni = {family.architecture: family for family in FAMILIES}
+    assert set(rows) == set(supported_models()) | set(omni)
     for name, features in supported_models().items():
         assert set(rows[name]["checkpoints"]) == set(features.models)
         assert rows[name]["features"]["tensor_parallel"] is features.tensor_parallel
     text = cli("models")[1]
     assert all(name in text for name in rows)
     assert "num_inference_steps 28" in text
+    for name, family in omni.items():
+        assert rows[name]["checkpoints"] == list(family.checkpoints)
+        assert {stage["final_output_type"] for stage in rows[name]["stages"]} == {*family.writes, None}
+    assert "qwen3_omni_moe_thinker_only" in text
+    assert "stage 0   thinker (ar) -> text" in text
+
+
+def test_tiny_omni_model_brings_its_stages(cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    status, out, _ = cli("tiny-model", "qwen3-omni", str(tmp_path / "tiny"))
+    assert status == 0
+    stages = str(tmp_path / "tiny" / "stages.yaml")
+    assert f"--stage-configs-path {stages}" in out
+    status, out, _ = cli("config", "show", "--model", str(tmp_path / "tiny"), "--stage-configs-path", stages, "--json")
+    assert status == 0
+    assert "Qwen3OmniCode2WavForConditionalGeneration" in out
+    status, _, err = cli("tiny-model", "qwen4-omni", str(tmp_path / "other"))
+    assert status == 2
+    assert "qwen2.5-omni, qwen3-omni" in err
 
 
 def test_defaults_of_the_list_are_those_of_the_pipelines() -> None:

@@ -1,11 +1,14 @@
-"""``vllm-omni models``: what is supported, with which features and defaults, from the registry's tables."""
+"""``vllm-omni models``: what is supported, with which features, stages and defaults, from the package's tables."""
 
 import json
 from typing import Annotated, Any
 
 import typer
 
+from vllm_omni.config.stage import load_stage_configs
 from vllm_omni.diffusion.registry import ModelFeatures, feature_names, model_defaults, supported_models
+from vllm_omni.entrypoints.omni_args import STAGE_CONFIGS
+from vllm_omni.model_executor.families import FAMILIES, OmniFamily
 
 DEFAULTS = (
     "num_inference_steps",
@@ -40,13 +43,43 @@ def _row(name: str, features: ModelFeatures) -> dict[str, Any]:
     }
 
 
+def omni_rows() -> list[dict[str, Any]]:
+    """Everything about each family of stages on vLLM, as plain values, from its packaged configurations; imports no
+    model code."""
+    return [_omni_row(family) for family in FAMILIES]
+
+
+def _omni_row(family: OmniFamily) -> dict[str, Any]:
+    configs = sorted(path.stem for path in STAGE_CONFIGS.glob(f"{family.model_type}*.yaml"))
+    stages = load_stage_configs(STAGE_CONFIGS / f"{family.model_type}.yaml").stages
+    return {
+        "class": family.architecture,
+        "task": f"{', '.join(family.reads)} to {', '.join(family.writes)}",
+        "reads": list(family.reads),
+        "writes": list(family.writes),
+        "checkpoints": list(family.checkpoints),
+        "stages": [
+            {
+                "stage_id": stage.stage_id,
+                "model_stage": stage.engine_args["model_stage"],
+                "stage_type": stage.stage_type,
+                "model_arch": stage.engine_args["model_arch"],
+                "final_output_type": stage.final_output_type if stage.final_output else None,
+                "default_sampling_params": dict(stage.default_sampling_params),
+            }
+            for stage in stages
+        ],
+        "stage_configs": configs,
+    }
+
+
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the supported models with their features and defaults."""
-    rows = model_rows()
+    pictures, omni = model_rows(), omni_rows()
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(json.dumps([*pictures, *omni], indent=2))
         return
-    typer.echo("\n\n".join(_text(row) for row in rows))
+    typer.echo("\n\n".join([*map(_text, pictures), *map(_omni_text, omni)]))
 
 
 def _text(row: dict[str, Any]) -> str:
@@ -63,6 +96,18 @@ def _text(row: dict[str, Any]) -> str:
         names = [name for name, value in row["features"].items() if value is there]
         if names:
             lines.append(f"  {title}  {', '.join(names)}")
+    return "\n".join(lines)
+
+
+def _omni_text(row: dict[str, Any]) -> str:
+    lines = [f"{row['class']}: {row['task']}", *(f"  {name}" for name in row["checkpoints"])]
+    for stage in row["stages"]:
+        out = "" if stage["final_output_type"] is None else f" -> {stage['final_output_type']}"
+        lines.append(f"    stage {stage['stage_id']}   {stage['model_stage']} ({stage['stage_type']}){out}")
+        defaults = ", ".join(f"{key} {value}" for key, value in stage["default_sampling_params"].items())
+        if defaults:
+            lines.append(f"    defaults  {defaults}")
+    lines.append(f"  stage configurations  {', '.join(row['stage_configs'])}")
     return "\n".join(lines)
 
 
