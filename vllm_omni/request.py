@@ -54,6 +54,8 @@ class OmniRequest:
     deadline: Deadline | None = None
     arrived: float = field(default_factory=time.monotonic)
     """``time.monotonic()`` second at which it entered."""
+    trace_headers: Mapping[str, str] | None = None
+    """``traceparent`` and ``tracestate`` of the caller's trace, where there is one."""
 
 
 _PROMPT_KEYS = frozenset(

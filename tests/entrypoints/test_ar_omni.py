@@ -17,6 +17,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from tests.ar_models import save_lm
 from tests.ar_support import SMALL
+from tests.entrypoints.collector import Collector
+from tests.entrypoints.test_tracing import check_nesting, coverage, load_cut, of, requests
 from vllm_omni.engine.engine_pulse import EnginePulse
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.omni import Omni
@@ -48,9 +50,22 @@ def profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def omni(lm: tuple[Path, Any], profiles: Path) -> Iterator[Omni]:
+def collector() -> Iterator[Collector]:
+    """Takes spans over HTTP."""
+    collector = Collector()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+        patch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", collector.http_url)  # vLLM sets it; now it goes away again
+        yield collector
+    collector.close()
+
+
+@pytest.fixture(scope="module")
+def omni(lm: tuple[Path, Any], profiles: Path, collector: Collector) -> Iterator[Omni]:
     """Engine processes are spawned here, as they are for users."""
-    with Omni(str(lm[0]), stage_configs_path=str(write(lm[0], {})), stage_init_timeout=120) as omni:
+    traces = {"trace": str(lm[0] / "trace.json"), "otlp_traces_endpoint": collector.http_url}
+    with Omni(str(lm[0]), stage_configs_path=str(write(lm[0], {})), stage_init_timeout=120, **traces) as omni:
         (pid,) = omni._async.orchestrator._clients[0].info.pids
         yield omni
     assert not os.path.exists(f"/proc/{pid}")
@@ -141,6 +156,41 @@ def test_async(lm: tuple[Path, Any], omni: Omni) -> None:
         await engine.check_health()
 
     omni._loop.run(main(omni._async))
+
+
+def test_traces(omni: Omni, lm: tuple[Path, Any], collector: Collector) -> None:
+    """Prompt, first token and batches of tokens in the file; vLLM's own span within that of the stage."""
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    headers = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+
+    async def ask() -> None:
+        async for _ in omni._async.generate({"prompt_token_ids": [4, 5, 6]}, "traced", params, trace_headers=headers):
+            pass
+
+    omni._loop.run(ask())
+    events = load_cut(lm[0] / "trace.json")
+    check_nesting(events)
+    request = next(r for r in requests(events) if r["args"]["request_id"] == "traced")
+    parts = of(events, request)
+    inner = [event for event in parts if event["name"] in ("prefill", "decode")]
+    assert [event["name"] for event in inner] == ["prefill", "decode", "decode", "decode"]
+    assert [event["args"]["tokens"] for event in inner] == [1, 16, 16, 7]
+    assert coverage(events, request) >= 0.95
+    (queue,) = (event for event in parts if event["name"] == "queue")
+    (run,) = (event for event in parts if event["name"] == "run")
+    assert queue["ts"] + queue["dur"] == pytest.approx(run["ts"], abs=0.01)
+    deadline = time.monotonic() + 20
+    while "llm_request" not in (spans := collector.trace(bytes.fromhex(trace_id))) or "omni_request" not in spans:
+        assert time.monotonic() < deadline, list(spans)
+        time.sleep(0.05)
+    (root,), (own,) = spans["omni_request"], spans["llm_request"]
+    (stage,) = (found[0] for name, found in spans.items() if name.startswith("stage 0"))
+    assert root.parent_span_id.hex() == "b7ad6b7169203331"
+    assert (stage.parent_span_id, own.parent_span_id) == (root.span_id, stage.span_id)
+    facts = {fact.key: fact.value.int_value for fact in own.attributes}
+    assert facts["gen_ai.usage.completion_tokens"] == 40
+    assert "prefill" not in spans, "details only for those who ask"
 
 
 def test_a_frozen_engine(lm: tuple[Path, Any], tmp_path: Path) -> None:

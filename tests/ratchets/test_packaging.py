@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Imported name -> distribution, where they differ; and what an extra brings.
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "zmq": "pyzmq", "huggingface_hub": "transformers"}
-FROM_EXTRAS = {"vllm", "flash_attn"}
+FROM_EXTRAS = {"vllm", "flash_attn", "opentelemetry"}
 # Imported only where another library of the list brings it.
 BROUGHT_ALONG = {"packaging": "transformers", "tokenizers": "transformers", "typing_extensions": "pydantic", "triton": "torch"}
 

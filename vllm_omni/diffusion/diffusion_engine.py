@@ -17,7 +17,6 @@ import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_omni.config.schema import nearest
@@ -25,6 +24,7 @@ from vllm_omni.diffusion import registry
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.executor.abstract import create_executor
 from vllm_omni.diffusion.ipc import Encoded, Output, StepPlan, StepResult, UnitError
+from vllm_omni.diffusion.open_request import OpenRequest
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.scheduler import Phase, Scheduler, Unit, UnitKind
 from vllm_omni.engine.stage_engine import (
@@ -41,33 +41,6 @@ from vllm_omni.errors import DeadlineError, OmniError, OutOfMemoryError, Request
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniTextPrompt
 
 _SEED_BITS = 32
-
-
-@dataclass
-class _Open:
-    """One request that has not been answered yet: what the caller is told about it in the end."""
-
-    deadline: float | None
-    seed: int | None
-    arrived: float = field(default_factory=time.monotonic)
-    started: float = 0.0
-    encoded: float = 0.0
-    denoised: float = 0.0
-    steps: int | None = None
-    batch_sizes: set[int] = field(default_factory=set)
-
-    def metrics(self, now: float) -> dict[str, Any]:
-        """Seconds of each phase (they add up to ``total_s``), the seed, the steps, the batch sizes seen."""
-        metrics: dict[str, Any] = {"seed": self.seed, "num_inference_steps": self.steps}
-        metrics |= {"queue_s": self.started - self.arrived, "total_s": now - self.arrived}
-        if not self.encoded:  # ran whole, not by steps
-            return metrics | {"run_s": now - self.started}
-        return metrics | {
-            "encode_s": self.encoded - self.started,
-            "denoise_s": self.denoised - self.encoded,
-            "decode_s": now - self.denoised,
-            "batch_sizes": sorted(self.batch_sizes),
-        }
 
 
 class DiffusionEngine(StageEngine):
@@ -90,7 +63,7 @@ class DiffusionEngine(StageEngine):
         self._scheduler.token_limit = float(od_config.max_num_batched_tokens or math.inf)
         self._fit_limit = self._scheduler.token_limit
         self._oom_limit = math.inf
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, OpenRequest] = {}
         self._new: dict[str, OmniDiffusionRequest] = {}
         self._failures: dict[str, OmniError] = {}
         self._drop: list[str] = []
@@ -119,8 +92,11 @@ class DiffusionEngine(StageEngine):
         except RequestError as error:
             self._failures[request.request_id] = error
             return
-        self._open[request.request_id] = _Open(
-            request.deadline, req.sampling_params.seed, steps=req.sampling_params.num_inference_steps
+        self._open[request.request_id] = OpenRequest(
+            request.deadline,
+            req.sampling_params.seed,
+            steps=req.sampling_params.num_inference_steps,
+            spans=[] if request.traced else None,
         )
         self._new[request.request_id] = req
 
@@ -232,6 +208,9 @@ class DiffusionEngine(StageEngine):
         for request_id in unit.request_ids:
             self._open[request_id].started = self._open[request_id].started or started
         result = self._executor.execute(self._plan(kind=unit.kind.value, request_ids=unit.request_ids))
+        ended = time.monotonic()
+        for request_id in unit.request_ids:
+            self._open[request_id].note(unit.kind.value, started, ended, len(unit.request_ids))
         if result.error is not None:
             self._unit_failed(unit, result.error, events)
         elif unit.kind is UnitKind.ENCODE:
@@ -282,7 +261,8 @@ class DiffusionEngine(StageEngine):
             events.append(self._finished(request_id, output))
 
     def _finished(self, request_id: str, output: Output) -> StageChunk:
-        metrics = self._open[request_id].metrics(time.monotonic())
+        request, now = self._open[request_id], time.monotonic()
+        metrics = request.metrics(now)
         known = {key: value for key, value in metrics.items() if value is not None}
         data = {
             "images": output.images,
@@ -291,7 +271,7 @@ class DiffusionEngine(StageEngine):
             **output.extras,
         }
         self._close_request(request_id)
-        return StageChunk(request_id, data)
+        return StageChunk(request_id, data, started=request.started, spans=request.finish(now))
 
     def _unit_failed(self, unit: Unit, error: UnitError, events: list[StageEvent]) -> None:
         if len(unit.request_ids) > 1 and error.untouched:

@@ -228,7 +228,7 @@ def _start(spec: ARStageSpec, config: VllmConfig) -> _Starting:
                 launch_core_engines(
                     config,
                     Executor.get_class(config),
-                    False,
+                    True,  # statistics: outputs say when a request was queued and scheduled
                     EngineZmqAddresses(inputs=list(addresses.inputs), outputs=list(addresses.outputs)),
                 )
             )

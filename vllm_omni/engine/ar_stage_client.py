@@ -18,18 +18,21 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.stats import IterationStats
 
+from vllm_omni.distributed.omni_connectors.utils.leaf_ref import nbytes_of
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine.ar_launch import ARStageHandle
+from vllm_omni.engine.ar_requests import OpenRequest
 from vllm_omni.engine.engine_pulse import EnginePulse
 from vllm_omni.engine.input_processor import (
     OmniInputProcessor,
@@ -41,27 +44,6 @@ from vllm_omni.engine.input_processor import (
 from vllm_omni.engine.output_processor import MultimodalOutputProcessor, TakenPayload, take_payloads
 from vllm_omni.engine.stage_seam import StageClient, StageListener, StageOutput, Vitals
 from vllm_omni.errors import DeadlineError, OmniError, RequestError, StageDeadError, StageError
-
-
-@dataclass(eq=False)
-class _Open:
-    """A request that the engine works on."""
-
-    received: float
-    prompt_token_ids: list[int] | None = None
-    """Sent with the first output."""
-    begun: bool = False
-    """Whether the engine has been told of it; chunks wait for that."""
-    waiting: list[tuple[Any, int, bool]] = field(default_factory=list)
-    """Chunks that came while the prompt was processed: (prompt, number, last)."""
-    windows: int = 0
-    """Generation stages: engine requests made."""
-    closed: bool = False
-    """Generation stages: whether no window follows."""
-    handed_on: int = 0
-    """Generation stages: windows whose output was handed on."""
-    done: dict[int, tuple[dict[str, Any], float]] = field(default_factory=dict)
-    """Generation stages: outputs that wait for an earlier window."""
 
 
 class ARStageClient(StageClient):
@@ -77,8 +59,9 @@ class ARStageClient(StageClient):
         self._generation = handle.spec.stage_type == "generation"
         self._inputs = None if self._generation else OmniInputProcessor(handle.config, self._target)
         tokenizer = None if self._inputs is None else self._inputs.tokenizer
-        self._outputs = MultimodalOutputProcessor(codec, tokenizer, log_stats=False)
-        self._open: dict[str, _Open] = {}
+        collected = handle.config.observability_config.otlp_traces_endpoint is not None
+        self._outputs = MultimodalOutputProcessor(codec, tokenizer, log_stats=collected, tracing_enabled=collected)
+        self._open: dict[str, OpenRequest] = {}
         self._owner: dict[str, tuple[str, int]] = {}
         self._listener: StageListener | None = None
         self._dead: StageDeadError | None = None
@@ -125,8 +108,7 @@ class ARStageClient(StageClient):
             stage_id=self.stage_id,
             exit_code=codes[0] if codes else None,
         )
-        if isinstance(error, StageDeadError):
-            self._dead = error
+        self._dead = error if isinstance(error, StageDeadError) else self._dead
         self._open.clear()
         self._owner.clear()
         listener.on_dead(self.stage_id, self._dead)
@@ -149,24 +131,34 @@ class ARStageClient(StageClient):
         chunk: int,
         last: bool,
         read: bool = True,
-    ) -> None:
+        trace: Mapping[str, str] | None = None,
+    ) -> int:
         if self._dead is not None:
             raise self._dead
+        nbytes = nbytes_of(prompt)
         if self._inputs is None:
-            self._submit_window(request_id, prompt, last)
+            self._submit_window(request_id, prompt, last, trace)
         elif chunk == 0:
-            self._submit_first(self._inputs, request_id, prompt, params, last, read)
+            self._submit_first(self._inputs, request_id, prompt, params, last, read, trace)
         elif (request := self._open.get(request_id)) is not None:
             if request.begun:
                 self._put(chunk_request(request_id, prompt, chunk, last=last, target=self._target))
             else:
                 request.waiting.append((prompt, chunk, last))
+        return nbytes
 
     def _put(self, message: EngineCoreRequest | list[str]) -> None:
         self._outbox.put_nowait(message)
 
     def _submit_first(
-        self, inputs: OmniInputProcessor, request_id: str, prompt: Any, params: Any, last: bool, read: bool
+        self,
+        inputs: OmniInputProcessor,
+        request_id: str,
+        prompt: Any,
+        params: Any,
+        last: bool,
+        read: bool,
+        trace: Mapping[str, str] | None,
     ) -> None:
         parts = StagePrompt.of(prompt)
         if self._handle.spec.final_output_type is None:
@@ -174,7 +166,7 @@ class ARStageClient(StageClient):
             params.output_kind, params.detokenize = RequestOutputKind.FINAL_ONLY, bool(params.stop)
         if not read:
             parts = replace(parts, emit=False)
-        request = _Open(time.monotonic())
+        request = OpenRequest.now(trace)
         if parts.is_rendered:
             made, text = inputs.prepare(request_id, parts, params, parts.lora_request)
             self._begin(inputs, request_id, request, parts, made, text, last)
@@ -183,7 +175,13 @@ class ARStageClient(StageClient):
             self._start(self._prepare(inputs, request_id, request, parts, params, last))
 
     async def _prepare(
-        self, inputs: OmniInputProcessor, request_id: str, request: _Open, parts: StagePrompt, params: Any, last: bool
+        self,
+        inputs: OmniInputProcessor,
+        request_id: str,
+        request: OpenRequest,
+        parts: StagePrompt,
+        params: Any,
+        last: bool,
     ) -> None:
         """Tokenise and process media beside the loop. Whatever a media processor raises is this request's error."""
         work = functools.partial(inputs.prepare, request_id, parts, params, parts.lora_request)
@@ -205,13 +203,14 @@ class ARStageClient(StageClient):
         self,
         inputs: OmniInputProcessor,
         request_id: str,
-        request: _Open,
+        request: OpenRequest,
         parts: StagePrompt,
         made: EngineCoreRequest,
         text: str | None,
         last: bool,
     ) -> None:
         inputs.attach(made, parts, last=last)
+        made.trace_headers = request.trace or None
         request.prompt_token_ids = made.prompt_token_ids
         self._open[request_id] = request
         self._outputs.add_request(made, text)
@@ -221,8 +220,8 @@ class ARStageClient(StageClient):
             self._put(chunk_request(request_id, prompt, number, last=final, target=self._target))
         request.waiting.clear()
 
-    def _submit_window(self, request_id: str, prompt: Any, last: bool) -> None:
-        request = self._open.get(request_id) or _Open(time.monotonic())
+    def _submit_window(self, request_id: str, prompt: Any, last: bool, trace: Mapping[str, str] | None) -> None:
+        request = self._open.get(request_id) or OpenRequest.now(trace)
         if prompt is not None:
             window = f"{request_id}#{request.windows}"
             made = generation_request(window, prompt, self._target)
@@ -267,11 +266,12 @@ class ARStageClient(StageClient):
     async def _receive(self) -> None:
         while True:
             outputs = await self._client.get_output_async()
-            self._pulse.advance()
+            self._pulse.advance(outputs.scheduler_stats)
             self._take_windows(outputs) if self._generation else self._take_tokens(outputs)
 
     def _take_tokens(self, outputs: EngineCoreOutputs) -> None:
-        processed = self._outputs.process_outputs(outputs.outputs, outputs.timestamp)
+        stats = IterationStats() if self._outputs.tracing_enabled else None
+        processed = self._outputs.process_outputs(outputs.outputs, outputs.timestamp, stats)
         payloads = {taken.request_id: taken for taken in self._outputs.payloads}
         rendered = {output.request_id: output for output in processed.request_outputs}
         if processed.reqs_to_abort:
@@ -286,6 +286,7 @@ class ARStageClient(StageClient):
         request = self._open.get(request_id)
         if request is None:
             return  # aborted meanwhile; dropping the payload frees its memory
+        request.note(output, outputs.timestamp)
         if payload is not None and payload.error is not None:
             self._fail(request_id, payload.error)
             return
@@ -308,11 +309,13 @@ class ARStageClient(StageClient):
         self._hand_on(request_id, request, data, outputs.timestamp, finished)
 
     def _take_windows(self, outputs: EngineCoreOutputs) -> None:
+        made = {output.request_id: output for output in outputs.outputs}
         for taken in take_payloads(outputs.outputs, self._codec):
             if taken.request_id not in self._owner:
                 continue
             request_id, number = self._owner.pop(taken.request_id)
             request = self._open[request_id]
+            request.note(made[taken.request_id], outputs.timestamp)
             if taken.error is not None:
                 self._fail(request_id, taken.error)
                 continue
@@ -323,11 +326,14 @@ class ARStageClient(StageClient):
                 finished = request.closed and request.handed_on == request.windows
                 self._hand_on(request_id, request, data, sent, finished)
 
-    def _hand_on(self, request_id: str, request: _Open, data: dict[str, Any], sent: float, finished: bool) -> None:
+    def _hand_on(
+        self, request_id: str, request: OpenRequest, data: dict[str, Any], sent: float, finished: bool
+    ) -> None:
         if finished:
             del self._open[request_id]
         if self._listener is not None:
-            output = StageOutput(request_id, data, finished, request.received, request.received, sent)
+            times = request.received, request.started or request.received, sent
+            output = StageOutput(request_id, data, finished, *times, nbytes_of(data), request.take_spans())
             self._listener.on_output(self.stage_id, output)
 
     def _fail(self, request_id: str, error: OmniError) -> None:

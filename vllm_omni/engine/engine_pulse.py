@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_omni.engine.stage_seam import Vitals
 from vllm_omni.process import WatchedProcess
@@ -30,11 +31,14 @@ class EnginePulse:
         self._ranks_at = 0.0
         self._count = 0
         self._moved = 0
+        self._load = (0, 0)
         self._ping: asyncio.Task[Any] | None = None
 
-    def advance(self) -> None:
+    def advance(self, stats: SchedulerStats | None) -> None:
         """The engine has made something."""
         self._moved += 1
+        if stats is not None:
+            self._load = stats.num_waiting_reqs, stats.num_running_reqs
 
     def vitals(self, busy: bool) -> Vitals:
         """Signs of life now; asks for one when there is work."""
@@ -49,7 +53,7 @@ class EnginePulse:
         beats = {}
         for process in (*self._engines, *self._ranks):
             beats[f"process {process.pid}"] = 0 if process.is_stopped() else self._count
-        return Vitals(beats, self._moved, busy, None)
+        return Vitals(beats, self._moved, busy, self._load if busy else (0, 0))
 
     def _find_ranks(self) -> None:
         """The processes that the engine has started itself."""

@@ -44,6 +44,7 @@ class Submit(msgspec.Struct, tag=True, array_like=True, frozen=True):
     chunk: int
     last: bool
     sent: float
+    traced: bool = False
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -107,6 +108,8 @@ class Output(msgspec.Struct, tag=True, array_like=True, frozen=True):
     received: float
     started: float
     sent: float
+    nbytes: int
+    spans: list[tuple[str, float, float, dict[str, Any]]] = []
 
 
 class Progress(msgspec.Struct, tag=True, array_like=True, frozen=True):

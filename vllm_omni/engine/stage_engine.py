@@ -18,9 +18,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from vllm_omni.errors import OmniError
+
+Span: TypeAlias = tuple[str, float, float, dict[str, Any]]
+"""Something that was done for a request: its name, begin and end (``time.monotonic()`` seconds), plain facts."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class StageInput:
     """Number of the chunk; 0 opens the request."""
     last: bool = True
     """Whether no chunk follows. An input that is not streamed is chunk 0 and last."""
+    traced: bool = False
+    """Whether the outputs should say what was done when."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,10 @@ class StageChunk:
     data: dict[str, Any]
     """Named outputs: plain values, tensors, arrays, PIL images. Diffusion: images, latents, metrics, ..."""
     finished: bool = True
+    started: float | None = None
+    """``time.monotonic()`` second at which work on the request began; None: in the first step after it came."""
+    spans: Sequence[Span] = ()
+    """What was done for the request since its last output, of requests that are traced."""
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,9 @@ class _Stage:
             return
         self._times.setdefault(message.request_id, [now, 0.0])
         self.engine.add_request(
-            StageInput(message.request_id, prompt, params, message.deadline, message.chunk, message.last)
+            StageInput(
+                message.request_id, prompt, params, message.deadline, message.chunk, message.last, message.traced
+            )
         )
 
     def _step(self) -> None:
@@ -158,7 +160,10 @@ class _Stage:
                 payload = self.codec.encode(event.data, holder=os.getppid())
             except OmniError as error:
                 return self._failure(event.request_id, StageError(f"output {error.message}"))
-            return m.frame(m.Output(event.request_id, event.finished, times[0], times[1], now), payload)
+            started = times[1] if event.started is None else event.started
+            spans = list(event.spans)
+            output = m.Output(event.request_id, event.finished, times[0], started, now, payload.nbytes, spans)
+            return m.frame(output, payload)
         return self._failure(event.request_id, event.error)
 
     def _failure(self, request_id: str, error: OmniError) -> bytes:

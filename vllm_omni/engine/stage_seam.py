@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vllm_omni.engine.stage_engine import StageInfo
+from vllm_omni.engine.stage_engine import Span, StageInfo
 from vllm_omni.errors import OmniError, StageDeadError
 from vllm_omni.outputs import Preview
 
@@ -30,6 +30,10 @@ class StageOutput:
     """When the engine began the first step that could take it."""
     sent: float
     """When the stage sent this output."""
+    nbytes: int = 0
+    """Bytes of ``data``, those in shared memory included."""
+    spans: Sequence[Span] = ()
+    """What the engine did for it since its last output, of requests that are traced."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,20 @@ class Vitals:
     """Whether there is work."""
     load: tuple[int, int] | None
     """Requests that wait in the stage, and requests at work; None when it does not tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageLoad:
+    """Numbers of a stage's requests."""
+
+    inside: int
+    """In the stage."""
+    waiting: int
+    """In the driver, for a place in the stage."""
+    queued: int
+    """In the stage's own queue, as it said last."""
+    running: int
+    """At work in the stage, as it said last."""
 
 
 class StageListener(Protocol):
@@ -90,8 +108,22 @@ class StageClient(ABC):
         chunk: int,
         last: bool,
         read: bool = True,
-    ) -> None:
-        """Send a request or a further chunk of one; ``read`` says whether another stage reads the outputs.
+        trace: Mapping[str, str] | None = None,
+    ) -> int:
+        """Send a request or a further chunk of one.
+
+        Args:
+            request_id: the request.
+            prompt: what the stage works on.
+            params: its sampling parameters.
+            deadline: ``time.monotonic()`` second.
+            chunk: number of the chunk.
+            last: whether none follows.
+            read: whether another stage reads the outputs.
+            trace: None for a request that is not traced; else the headers of the span that it belongs to.
+
+        Returns:
+            Bytes that travel, those in shared memory included.
 
         Raises:
             RequestError: the prompt or the parameters hold something that cannot travel.

@@ -21,6 +21,7 @@ from vllm_omni.entrypoints.results import build_output
 from vllm_omni.entrypoints.running_stages import RunningStages, start_stages
 from vllm_omni.entrypoints.sinks import AsyncSink
 from vllm_omni.entrypoints.stage_graph import StageGraph
+from vllm_omni.entrypoints.tracing import Tracing, open_tracing
 from vllm_omni.entrypoints.watch import Watch
 from vllm_omni.errors import RequestError, StageDeadError
 from vllm_omni.inputs.data import OmniPromptType, OmniSamplingParams
@@ -59,11 +60,14 @@ class AsyncOmni:
         self._defaults = default_params(pipeline)
         self._arena = Arena()
         codec = Codec(self._arena, args.shm_threshold_bytes)
+        tracing = open_tracing(args.trace, args.otlp_traces_endpoint, args.collect_detailed_traces)
         stages = start_stages(self._setup, codec)
-        self._finalizer = weakref.finalize(self, _end_all, stages, self._arena)
+        self._finalizer = weakref.finalize(self, _end_all, stages, self._arena, tracing)
         self._clients = stages.clients(codec)
+        if tracing is not None:
+            tracing.name_stages(self.stage_infos)
         self._ranks = {i: [WatchedProcess(pid) for pid in client.info.pids] for i, client in self._clients.items()}
-        self._orchestrator = Orchestrator(self._graph, self._clients)
+        self._orchestrator = Orchestrator(self._graph, self._clients, tracing)
         self._watch = Watch(self._clients, args.heartbeat_timeout, args.stall_timeout)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._attaching: asyncio.Task[None] | None = None
@@ -81,6 +85,7 @@ class AsyncOmni:
         timeout: float | None = None,
         on_progress: Callable[[int, int, int], None] | None = None,
         on_preview: Callable[[int, Preview], None] | None = None,
+        trace_headers: Mapping[str, str] | None = None,
     ) -> AsyncGenerator[OmniRequestOutput, None]:
         """Run one request; yields the outputs of the final stages as they come.
 
@@ -96,6 +101,7 @@ class AsyncOmni:
             timeout: seconds for the whole request.
             on_progress: called with stage id, steps done and steps in all after every step; must not block.
             on_preview: called with stage id and preview, when the sampling parameters ask for previews; must not block.
+            trace_headers: ``traceparent`` and ``tracestate`` of the trace that the request's spans belong to.
 
         Raises:
             RequestError: the prompt or a parameter is wrong.
@@ -104,7 +110,7 @@ class AsyncOmni:
             StageError: a stage failed on it; ``StageDeadError`` when the stage is gone.
         """
         name, params = _sort_arguments(request_id, sampling_params_list, sampling_params)
-        request = self.make_request(prompt, name, params, output_modalities=output_modalities, timeout=timeout)
+        request = self.make_request(prompt, name, params, None, output_modalities, timeout, trace_headers)
         check_previews(request.sampling_params, on_preview)
         await self.attach()
         stream = AsyncSink(on_progress, on_preview)
@@ -123,6 +129,7 @@ class AsyncOmni:
         loose: Mapping[str, Any] | None = None,
         output_modalities: Sequence[str] | None = None,
         timeout: float | None = None,
+        trace_headers: Mapping[str, str] | None = None,
     ) -> OmniRequest:
         """Check one request; raises ``RequestError``."""
         check_prompt(prompt)
@@ -132,6 +139,7 @@ class AsyncOmni:
             params_for(self._defaults, params, loose),
             output_modalities,
             Deadline.after(timeout) if timeout is not None else None,
+            trace_headers=trace_headers,
         )
 
     def build(
@@ -164,6 +172,11 @@ class AsyncOmni:
     def stage_infos(self) -> dict[int, StageInfo]:
         """What each stage said of itself when it was ready."""
         return {stage_id: client.info for stage_id, client in self._clients.items()}
+
+    @property
+    def collects_traces(self) -> bool:
+        """Whether spans go to a collector, so that the callers' traces matter."""
+        return self._setup.args.otlp_traces_endpoint is not None
 
     @property
     def renderer(self) -> Any | None:
@@ -324,6 +337,8 @@ def _log_devices(pipeline: PipelineConfig) -> None:
         logger.info("devices of the stages:\n%s", "\n".join(["stage  logical     CUDA_VISIBLE_DEVICES entry", *lines]))
 
 
-def _end_all(stages: RunningStages, arena: Arena) -> None:
+def _end_all(stages: RunningStages, arena: Arena, tracing: Tracing | None) -> None:
     stages.close()
     arena.close()
+    if tracing is not None:
+        tracing.close()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vllm_omni.engine.ar_launch import ARStageSpec
 
 STAGE_CONFIGS = Path(__file__).parent.parent / "model_executor" / "stage_configs"
+DETAILED = ("model", "worker", "all")
 DIFFUSION_ENGINE = "vllm_omni.diffusion.diffusion_engine.DiffusionEngine"
 
 
@@ -37,6 +38,12 @@ class OmniArgs:
     """Seconds until every single stage must be ready."""
     init_timeout: float = 600.0
     """Seconds until all stages together must be ready."""
+    trace: str | None = None
+    """File for a trace of every request (JSON, for ui.perfetto.dev and chrome://tracing); it is replaced."""
+    otlp_traces_endpoint: str | None = None
+    """Where a collector takes traces by OTLP, such as http://localhost:4317."""
+    collect_detailed_traces: Sequence[str] = ()
+    """What the collector gets in detail (model, worker, all): steps of stages, and vLLM's own details."""
     heartbeat_timeout: float = 20.0
     """Seconds without a sign of life after which a stage whose process is frozen is given up; 0: never."""
     stall_timeout: float = 300.0
@@ -63,6 +70,16 @@ class OmniArgs:
         for name in ("shm_threshold_bytes", "batch_timeout", "heartbeat_timeout", "stall_timeout"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must not be negative", field=name)
+        for module in self.collect_detailed_traces:
+            if module not in DETAILED:
+                raise ConfigError(
+                    f"collect_detailed_traces: {module!r}: allowed are {', '.join(DETAILED)}",
+                    field="collect_detailed_traces",
+                )
+        if self.collect_detailed_traces and self.otlp_traces_endpoint is None:
+            raise ConfigError(
+                "collect_detailed_traces: needs otlp_traces_endpoint, where they go", field="collect_detailed_traces"
+            )
         if self.ray_address is not None:
             raise ConfigError(
                 f'ray_address={self.ray_address!r}: stages run as processes of this machine (worker_backend="ray" is '
@@ -146,18 +163,22 @@ def engine_class(stage: StageConfig) -> str:
     return DIFFUSION_ENGINE
 
 
-def ar_specs(pipeline: PipelineConfig, stages: Sequence[StageConfig], thresholds: Sequence[int]) -> list[ARStageSpec]:
+def ar_specs(setup: OmniSetup, stages: Sequence[StageConfig], thresholds: Sequence[int]) -> list[ARStageSpec]:
     """What vLLM's engines of ``stages`` are started with."""
     from vllm_omni.engine.ar_launch import ARStageSpec
 
+    args, common = setup.args, {}
+    if args.otlp_traces_endpoint is not None:
+        modules = list(args.collect_detailed_traces) or None
+        common = {"otlp_traces_endpoint": args.otlp_traces_endpoint, "collect_detailed_traces": modules}
     return [
         ARStageSpec(
             stage.stage_id,
             "generation" if stage.stage_type == "generation" else "ar",
-            stage_engine_args(stage),
+            {**common, **stage_engine_args(stage)},
             threshold,
             stage.final_output_type if stage.final_output else None,
-            bool(pipeline.async_chunk),
+            bool(setup.pipeline.async_chunk),
         )
         for stage, threshold in zip(stages, thresholds, strict=True)
     ]

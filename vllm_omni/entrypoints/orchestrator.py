@@ -15,32 +15,19 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from vllm_omni.distributed.omni_connectors.utils.serialization import leaf_refs
+from vllm_omni.engine.stage_seam import StageLoad
 from vllm_omni.entrypoints.results import shown_part
+from vllm_omni.entrypoints.sinks import RequestSink
 from vllm_omni.entrypoints.stage_client import StageClient, StageOutput
 from vllm_omni.entrypoints.stage_graph import StageGraph, StageNode
+from vllm_omni.entrypoints.tracing import RequestTrace, StageTrace, Tracing
 from vllm_omni.errors import OmniError, RequestAborted, StageDeadError, StageError, from_wire
 from vllm_omni.inputs.edge import EdgeInput
 from vllm_omni.outputs import Preview
 from vllm_omni.request import OmniRequest
-
-
-class RequestSink(Protocol):
-    """Who asked. Called from the event loop; must not block."""
-
-    def on_output(self, stage_id: int, data: dict[str, Any], finished: bool, metrics: dict[str, Any]) -> None:
-        """An output of a final stage. Large leaves are ``LeafRef``s."""
-
-    def on_progress(self, stage_id: int, step: int, total: int) -> None:
-        """A stage got one step further."""
-
-    def on_preview(self, stage_id: int, preview: Preview) -> None:
-        """What a stage is making, for requests that ask for it."""
-
-    def on_end(self, error: OmniError | None) -> None:
-        """The request has ended; the last call."""
 
 
 @dataclass(slots=True)
@@ -63,6 +50,9 @@ class _Visit:
     backlog: list[tuple[Any, bool]] = field(default_factory=list)
     finished: bool = False
     times: dict[str, float] = field(default_factory=dict)
+    bytes_in: int = 0
+    bytes_out: int = 0
+    trace: StageTrace | None = None
 
 
 @dataclass(slots=True)
@@ -77,6 +67,7 @@ class _Flow:
     inboxes: dict[int, _Inbox] = field(default_factory=dict)
     timer: asyncio.TimerHandle | None = None
     opened: float = field(default_factory=time.monotonic)
+    trace: RequestTrace | None = None
 
     def metrics(self) -> dict[str, Any]:
         return {str(stage_id): dict(visit.times) for stage_id, visit in sorted(self.visits.items())}
@@ -92,9 +83,10 @@ class _Flow:
 class Orchestrator:
     """Drives the requests over ``clients`` as ``graph`` says. Lives in one event loop; not thread-safe."""
 
-    def __init__(self, graph: StageGraph, clients: Mapping[int, StageClient]) -> None:
+    def __init__(self, graph: StageGraph, clients: Mapping[int, StageClient], tracing: Tracing | None = None) -> None:
         self._graph = graph
         self._clients = clients
+        self._tracing = tracing
         self._flows: dict[str, _Flow] = {}
         self._by_user_id: dict[str, set[str]] = {}
         self._dead: dict[int, StageDeadError] = {}
@@ -125,6 +117,8 @@ class Orchestrator:
             sources = self._graph.node(stage_id).sources
             if sources:
                 flow.inboxes[stage_id] = _Inbox({source: [] for source in sources}, set(sources))
+        if self._tracing is not None:
+            flow.trace = self._tracing.begin(request, flow.opened)
         self._flows[flow.key] = flow
         self._by_user_id.setdefault(request.request_id, set()).add(flow.key)
         if request.deadline is not None:
@@ -134,8 +128,8 @@ class Orchestrator:
             for node in self._graph.roots:
                 if node.stage_id in needed:
                     self._send(flow, node.stage_id, request.prompt, last=True)
-        except OmniError:
-            self._forget(flow)
+        except OmniError as error:
+            self._forget(flow, error)
             raise
         return flow.key
 
@@ -158,9 +152,14 @@ class Orchestrator:
         return len(self._flows)
 
     @property
-    def loads(self) -> dict[int, tuple[int, int]]:
-        """By stage: requests in it, and requests that wait for a place in it."""
-        return {stage_id: (self._inflight[stage_id], len(self._waiting[stage_id])) for stage_id in self._clients}
+    def loads(self) -> dict[int, StageLoad]:
+        """Each stage's requests."""
+        out = {}
+        for stage_id, client in self._clients.items():
+            vitals = client.vitals()
+            queued, running = (0, 0) if vitals is None else vitals.load or (0, self._inflight[stage_id])
+            out[stage_id] = StageLoad(self._inflight[stage_id], len(self._waiting[stage_id]), queued, running)
+        return out
 
     @property
     def dead_error(self) -> StageDeadError | None:
@@ -177,11 +176,13 @@ class Orchestrator:
         """The one way a request ends."""
         if self._flows.get(flow.key) is not flow:
             return
-        self._forget(flow)
+        self._forget(flow, error)
         flow.sink.on_end(error)
 
-    def _forget(self, flow: _Flow) -> None:
+    def _forget(self, flow: _Flow, error: OmniError | None) -> None:
         del self._flows[flow.key]
+        if flow.trace is not None:
+            flow.trace.end(error)
         keys = self._by_user_id[flow.request.request_id]
         keys.discard(flow.key)
         if not keys:
@@ -202,6 +203,8 @@ class Orchestrator:
         if visit is None:
             visit = flow.visits[stage_id] = _Visit(submitted=time.monotonic())
             visit.times["start_s"] = visit.submitted - flow.opened
+            if flow.trace is not None:
+                visit.trace = flow.trace.enter(stage_id, visit.submitted)
             limit = self._graph.node(stage_id).max_inflight
             if limit is None or self._inflight[stage_id] < limit:
                 self._admit(flow, stage_id, visit)
@@ -214,7 +217,10 @@ class Orchestrator:
     def _admit(self, flow: _Flow, stage_id: int, visit: _Visit) -> None:
         self._inflight[stage_id] += 1
         visit.admitted = True
-        visit.times["wait_s"] = time.monotonic() - visit.submitted
+        now = time.monotonic()
+        visit.times["wait_s"] = now - visit.submitted
+        if visit.trace is not None:
+            visit.trace.admitted = now
 
     def _flush(self, flow: _Flow, stage_id: int, visit: _Visit) -> None:
         at = None if flow.request.deadline is None else flow.request.deadline.at
@@ -222,9 +228,13 @@ class Orchestrator:
         backlog, visit.backlog = visit.backlog, []
         params = flow.request.sampling_params[stage_id]
         read = any(target in flow.needed for target in self._graph.node(stage_id).targets)
+        headers = None if visit.trace is None else visit.trace.headers
         for prompt, last in backlog:
             chunk = 0 if inbox is None else inbox.sent
-            self._clients[stage_id].submit(flow.key, prompt, params, at, chunk, last, read)
+            nbytes = self._clients[stage_id].submit(flow.key, prompt, params, at, chunk, last, read, headers)
+            visit.bytes_in += nbytes
+            if visit.trace is not None:
+                visit.trace.sent(nbytes)
             if inbox is not None:
                 inbox.sent += 1
 
@@ -249,6 +259,9 @@ class Orchestrator:
             return  # aborted meanwhile; dropping the output frees its memory
         node = self._graph.node(stage_id)
         visit = flow.visits[stage_id]
+        visit.bytes_out += output.nbytes
+        if visit.trace is not None:
+            visit.trace.got(output)
         if output.finished:
             self._note_times(visit, output)
             self._leave(flow, stage_id, visit)
@@ -290,10 +303,10 @@ class Orchestrator:
                 self._end(flow, StageDeadError(error.message, **error.details))
 
     def _note_times(self, visit: _Visit, output: StageOutput) -> None:
-        now = time.monotonic()
-        visit.times["transfer_s"] = max(0.0, output.received - visit.submitted - visit.times["wait_s"]) + (
-            now - output.sent
-        )
+        arriving = max(0.0, output.received - visit.submitted - visit.times["wait_s"])
+        leaving = time.monotonic() - output.sent
+        visit.times |= {"transfer_s": arriving + leaving, "transfer_in_s": arriving, "transfer_out_s": leaving}
+        visit.times |= {"bytes_in": visit.bytes_in, "bytes_out": visit.bytes_out}
         visit.times["queue_s"] = output.started - output.received
         visit.times["run_s"] = output.sent - output.started
 

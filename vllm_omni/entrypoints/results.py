@@ -34,7 +34,8 @@ def build_output(
     ``multimodal_output`` go to the fields of these names, everything else into ``multimodal_output``.
     ``metrics["stages"]`` holds, by stage id, the second at which the request came to the stage (``start_s``, counted
     from the request's own start), and the seconds that it waited in the driver (``wait_s``), was on its way
-    (``transfer_s``), waited in the stage (``queue_s``) and was worked on (``run_s``).
+    (``transfer_s``, the sum of ``transfer_in_s`` and ``transfer_out_s``), waited in the stage (``queue_s``) and was
+    worked on (``run_s``); and the bytes to the stage and back (``bytes_in``, ``bytes_out``).
     """
     loaded = {name: resolve(value) for name, value in data.items()}
     metrics = {**loaded.get("metrics", {}), "stages": dict(stage_times)}

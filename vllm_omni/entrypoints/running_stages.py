@@ -63,7 +63,7 @@ def start_stages(setup: omni_args.OmniSetup, codec: Codec) -> RunningStages:
     from vllm_omni.engine.ar_launch import start_ar_stages
 
     thresholds = [_threshold(setup, stage) for stage in vllm]
-    configs = [(spec, spec.config()) for spec in omni_args.ar_specs(setup.pipeline, vllm, thresholds)]
+    configs = [(spec, spec.config()) for spec in omni_args.ar_specs(setup, vllm, thresholds)]
     handles = launch_all(specs, codec, args.stage_init_timeout, args.init_timeout) if specs else []
     try:
         return RunningStages(handles, start_ar_stages(configs, args.stage_init_timeout))

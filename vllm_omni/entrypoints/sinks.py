@@ -6,7 +6,7 @@ import asyncio
 import queue
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from vllm_omni.errors import OmniError
 from vllm_omni.outputs import Preview
@@ -15,6 +15,22 @@ Item: TypeAlias = tuple[int, dict[str, Any], bool, dict[str, Any]]
 """Stage, data, whether it is the stage's last, times."""
 EventQueue: TypeAlias = "queue.SimpleQueue[tuple[int, str, Any]]"
 """(index of the prompt, ``output`` | ``progress`` | ``preview`` | ``end``, value)."""
+
+
+class RequestSink(Protocol):
+    """Who asked. Called from the event loop; must not block."""
+
+    def on_output(self, stage_id: int, data: dict[str, Any], finished: bool, metrics: dict[str, Any]) -> None:
+        """An output of a final stage. Large leaves are ``LeafRef``s."""
+
+    def on_progress(self, stage_id: int, step: int, total: int) -> None:
+        """A stage got one step further."""
+
+    def on_preview(self, stage_id: int, preview: Preview) -> None:
+        """What a stage is making, for requests that ask for it."""
+
+    def on_end(self, error: OmniError | None) -> None:
+        """The request has ended; the last call."""
 
 
 class AsyncSink:

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
@@ -74,7 +74,14 @@ class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
             listener.on_output(
                 self.stage_id,
                 StageOutput(
-                    message.request_id, data, message.finished, message.received, message.started, message.sent
+                    message.request_id,
+                    data,
+                    message.finished,
+                    message.received,
+                    message.started,
+                    message.sent,
+                    message.nbytes,
+                    message.spans,
                 ),
             )
         elif isinstance(message, m.Progress):
@@ -144,9 +151,11 @@ class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
         chunk: int,
         last: bool,
         read: bool = True,
-    ) -> None:
+        trace: Mapping[str, str] | None = None,
+    ) -> int:
         payload = self._codec.encode((prompt, params), holder=self._handle.process.pid)
-        self._write(m.Submit(request_id, deadline, chunk, last, time.monotonic()), payload)
+        self._write(m.Submit(request_id, deadline, chunk, last, time.monotonic(), trace is not None), payload)
+        return payload.nbytes
 
     def abort(self, request_ids: Sequence[str]) -> None:
         if self._dead is None and self._transport is not None:

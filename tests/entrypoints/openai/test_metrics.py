@@ -112,6 +112,24 @@ def test_what_the_model_does_not_take(flux: Server) -> None:
     assert (answer.status_code, error_of(answer)["param"]) == (400, "size")
 
 
+def test_transfers(flux: Server) -> None:
+    """Bytes and times to the stage and back, of one picture of a known size."""
+    before = read(flux)
+    answer = flux.post(PATH, {"prompt": "x", "size": "64x64", "num_inference_steps": 1, "return_stage_metrics": True})
+    times = answer.json()["metrics"]["stages"]["0"]
+    grown = {name: value - before.get(name, 0) for name, value in read(flux).items()}
+    labels = {way: f'{{"direction": "{way}", "stage": "0"}}' for way in ("in", "out")}
+    picture = 64 * 64 * 3
+    assert picture <= grown["vllm_omni_transfer_bytes_total" + labels["out"]] < picture + 2000
+    assert 10 < grown["vllm_omni_transfer_bytes_total" + labels["in"]] < 1000
+    for way in ("in", "out"):
+        assert grown["vllm_omni_transfer_bytes_total" + labels[way]] == times[f"bytes_{way}"]
+        assert grown["vllm_omni_transfer_seconds_count" + labels[way]] == 1
+        assert grown["vllm_omni_transfer_seconds_sum" + labels[way]] == pytest.approx(times[f"transfer_{way}_s"])
+    both = times["transfer_in_s"] + times["transfer_out_s"]
+    assert times["transfer_s"] == pytest.approx(both)
+
+
 def test_profile(flux: Server) -> None:
     assert flux.post("/stop_profile", None).status_code == 400
     assert flux.post("/start_profile", None).json() == {"status": "started"}
@@ -150,6 +168,23 @@ def test_refusals_and_errors_are_counted(pictures: Server) -> None:
     assert read(pictures)["vllm_omni_requests_open{}"] == 0
 
 
+def test_requests_at_work_are_counted(pictures: Server) -> None:
+    """While a request is in the stage, and no more when its client has left."""
+    gauges = ("requests_open{}", *(f'stage_{name}{{"stage": "0"}}' for name in ("requests", "running", "queued")))
+
+    def now() -> list[float]:
+        values = read(pictures)
+        return [values["vllm_omni_" + name] for name in gauges]
+
+    with pictures.http.stream("POST", PATH, json={"prompt": "hang", "stream": True}) as answer:
+        lines = answer.iter_lines()
+        assert "progress" in next(lines)
+        assert now() == [1, 1, 1, 0]
+    begun = time.monotonic()
+    while now() != [0, 0, 0, 0]:
+        assert time.monotonic() - begun < 10
+
+
 def test_every_measurement_is_documented(pictures: Server) -> None:
     families = text_string_to_metric_families(pictures.http.get("/metrics").text)
     names = {family.name for family in families if not family.name.endswith("_created")}
@@ -167,4 +202,10 @@ def test_measurements_of_speech(omni_server: Server) -> None:
     for name in ("time_to_first_text_seconds", "time_to_first_audio_seconds", "real_time_factor"):
         assert grown[f"vllm_omni_{name}_count{{}}"] == 1
     assert grown['vllm_omni_tokens_total{"kind": "generated"}'] == 8
-    assert {f'vllm_omni_stage_seconds_count{{"phase": "run", "stage": "{i}"}}' for i in range(3)} <= set(grown)
+    for stage in range(3):
+        for phase in ("wait", "transfer", "queue", "run"):
+            assert grown[f'vllm_omni_stage_seconds_count{{"phase": "{phase}", "stage": "{stage}"}}'] == 1
+        assert grown[f'vllm_omni_transfer_seconds_count{{"direction": "in", "stage": "{stage}"}}'] == 1
+    sent = [grown[f'vllm_omni_transfer_bytes_total{{"direction": "out", "stage": "{stage}"}}'] for stage in range(3)]
+    assert sent[0] > 0
+    assert sent[2] >= 4 * (12 * 1920 - 555)

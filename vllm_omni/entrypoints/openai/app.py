@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from vllm_omni.entrypoints.openai import chat, errors, health, images, info, metrics, page, profile, speech
 from vllm_omni.entrypoints.openai.gate import Gate
 from vllm_omni.entrypoints.openai.service import Service
+from vllm_omni.entrypoints.openai.trace_context import TraceContext
 from vllm_omni.version import __version__
 
 MAX_BODIES = 8
@@ -38,6 +39,8 @@ def build_app(service: Service) -> FastAPI:
             answers=service.metrics.http,
         )
     ]
+    if service.omni.collects_traces:
+        middleware.append(Middleware(TraceContext))
     if args.allowed_origins:
         cors = Middleware(
             CORSMiddleware, allow_origins=list(args.allowed_origins), allow_methods=["*"], allow_headers=["*"]

@@ -10,18 +10,20 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from vllm_omni.engine.stage_seam import StageLoad
 from vllm_omni.outputs import OmniRequestOutput
 
 router = APIRouter()
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 FACTORS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 5.0)
+DIRECTIONS = ("in", "out")
 PHASES = {"wait_s": "wait", "transfer_s": "transfer", "queue_s": "queue", "run_s": "run"}
 
 
 class _Now(Collector):
     """Values that are read when they are asked for."""
 
-    def __init__(self, open_requests: Callable[[], int], stages: Callable[[], Mapping[int, tuple[int, int]]]) -> None:
+    def __init__(self, open_requests: Callable[[], int], stages: Callable[[], Mapping[int, StageLoad]]) -> None:
         self._open_requests = open_requests
         self._stages = stages
 
@@ -34,17 +36,20 @@ class _Now(Collector):
         waiting = GaugeMetricFamily(
             "vllm_omni_stage_waiting", "Requests that wait for a place in the stage.", labels=["stage"]
         )
-        for stage_id, (inside, outside) in self._stages().items():
-            running.add_metric([str(stage_id)], inside)
-            waiting.add_metric([str(stage_id)], outside)
-        yield running
-        yield waiting
+        queued = GaugeMetricFamily("vllm_omni_stage_queued", "Requests in the stage's own queue.", labels=["stage"])
+        at_work = GaugeMetricFamily("vllm_omni_stage_running", "Requests that the stage works on.", labels=["stage"])
+        for stage_id, load in self._stages().items():
+            running.add_metric([str(stage_id)], load.inside)
+            waiting.add_metric([str(stage_id)], load.waiting)
+            queued.add_metric([str(stage_id)], load.queued)
+            at_work.add_metric([str(stage_id)], load.running)
+        yield from (running, waiting, queued, at_work)
 
 
 class Metrics:
     """All measurements of one server."""
 
-    def __init__(self, open_requests: Callable[[], int], stages: Callable[[], Mapping[int, tuple[int, int]]]) -> None:
+    def __init__(self, open_requests: Callable[[], int], stages: Callable[[], Mapping[int, StageLoad]]) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Now(open_requests, stages))
         self.http = Counter(
@@ -64,6 +69,12 @@ class Metrics:
         self.first_audio = self._histogram("vllm_omni_time_to_first_audio_seconds", "Time to the first sound (TTFP).")
         self.phase = self._histogram(
             "vllm_omni_stage_seconds", "Time of a request in a stage, by phase.", "stage", "phase"
+        )
+        self.transfer = self._histogram(
+            "vllm_omni_transfer_seconds", "Time of a request on its way to a stage, and back.", "stage", "direction"
+        )
+        self.transferred = Counter(
+            "vllm_omni_transfer_bytes", "Bytes to a stage, and back.", ("stage", "direction"), registry=self.registry
         )
         self.real_time = Histogram(
             "vllm_omni_real_time_factor",
@@ -137,6 +148,10 @@ class RequestWatch:
             for name, phase in PHASES.items():
                 if name in times:
                     self._metrics.phase.labels(stage_id, phase).observe(times[name])
+            for way in DIRECTIONS:
+                if f"transfer_{way}_s" in times:
+                    self._metrics.transfer.labels(stage_id, way).observe(times[f"transfer_{way}_s"])
+                    self._metrics.transferred.labels(stage_id, way).inc(times[f"bytes_{way}"])
 
 
 @router.get("/metrics")

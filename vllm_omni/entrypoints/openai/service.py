@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.args import ServeArgs
 from vllm_omni.entrypoints.openai.metrics import Metrics, RequestWatch
+from vllm_omni.entrypoints.openai.trace_context import trace_headers
 from vllm_omni.entrypoints.openai.voices import voices_of
 from vllm_omni.errors import NotFoundError, OmniError, OverloadError, RequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType, OmniSamplingParams
@@ -161,6 +162,7 @@ class Service:
             timeout=self.args.request_timeout,
             on_progress=progress,
             on_preview=on_preview,
+            trace_headers=trace_headers.get(),
         )
         outcome = "aborted"
         try:

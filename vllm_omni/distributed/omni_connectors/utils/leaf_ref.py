@@ -63,6 +63,22 @@ def resolve(obj: Any) -> Any:
     return obj
 
 
+def nbytes_of(obj: Any) -> int:
+    """Bytes of the leaves and texts in ``obj``, wherever they lie; what knows no size counts nothing."""
+    kind = type(obj)
+    if kind is LeafRef:
+        return obj.ref.nbytes
+    if kind is str or kind is bytes:
+        return len(obj)
+    if kind is dict:
+        return sum(map(nbytes_of, obj.values()))
+    if kind is list or kind is tuple:
+        return 8 * len(obj) if obj and type(obj[0]) is int else sum(map(nbytes_of, obj))
+    if (kind.__module__, kind.__name__) in (("torch", "Tensor"), ("numpy", "ndarray")):
+        return int(obj.nbytes)
+    return 0
+
+
 def leaf_refs(obj: Any) -> Iterator[LeafRef]:
     """Every ``LeafRef`` in ``obj``."""
     kind = type(obj)

@@ -56,6 +56,18 @@ class _CannotTravel(Exception):
         self.path: list[str] = []
 
 
+class Payload(list[Buffer]):
+    """The parts of a payload, to be sent one after another."""
+
+    shared = 0
+    """Bytes in shared memory that it refers to."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was encoded, those in shared memory included."""
+        return sum(map(len, self)) + self.shared
+
+
 class Codec:
     """Encodes and decodes payloads, with or without shared memory behind it."""
 
@@ -64,7 +76,7 @@ class Codec:
         self.threshold = threshold
         self._reader = _Reader(arena)
 
-    def encode(self, obj: Any, holder: int = 1, refs: list[Ref] | None = None) -> list[Buffer]:
+    def encode(self, obj: Any, holder: int = 1, refs: list[Ref] | None = None) -> Payload:
         """Parts of the payload, to be sent one after another; they may be views of what is in ``obj``.
 
         Args:
@@ -90,7 +102,9 @@ class Codec:
             path = _locate(obj)
             raise RequestError(f"{path}: cannot travel between processes: {error}", field=path) from error
         head = struct.pack("<I", len(header)) + header
-        return [head, *([bytes(-len(head) % _ALIGN), *writer.buffers] if writer.buffers else [])]
+        payload = Payload([head, *([bytes(-len(head) % _ALIGN), *writer.buffers] if writer.buffers else [])])
+        payload.shared = writer.shared
+        return payload
 
     def decode(self, payload: Buffer, lazy: bool = False) -> Any:
         """The object that ``encode`` was given. With ``lazy``, leaves in shared memory become ``LeafRef``s.
@@ -122,6 +136,7 @@ class _Writer:
         self.codec = codec
         self.holder = holder
         self.buffers: list[Buffer] = []
+        self.shared = 0
         self._offset = 0
         self._refs = refs
 
@@ -175,6 +190,7 @@ class _Writer:
         if self.codec.arena is not None and leaf.nbytes > self.codec.threshold:
             ref = self.codec.arena.write(leaf.nbytes, leaf.fill, self.holder)
             self._refs.append(ref)
+            self.shared += leaf.nbytes
             return _ext(_SHARED, [kind, leaf.facts, ref, False])
         return self._inline(leaf)
 
@@ -188,6 +204,10 @@ class _Writer:
         start, self._offset = self._offset, self._offset + leaf.nbytes + pad
         self.buffers += (buffer, _ZEROS[:pad])
         return _ext(_LEAF, [leaf.kind, leaf.facts, start, leaf.nbytes])
+
+    def lent(self, obj: Any) -> msgspec.msgpack.Ext:
+        self.shared += obj.ref.nbytes
+        return _ext(_SHARED, obj.lend(self.holder))
 
     def small_bytes(self, obj: Any) -> Any:
         return obj if len(obj) <= self.codec.threshold else self.leaf(obj)
@@ -228,7 +248,7 @@ _HANDLERS: dict[type, Callable[[_Writer, Any], Any]] = {
     set: lambda writer, obj: _ext(_SET, writer.items(obj)),
     frozenset: lambda writer, obj: _ext(_FROZENSET, writer.items(obj)),
     bytes: _Writer.small_bytes,
-    LeafRef: lambda writer, obj: _ext(_SHARED, obj.lend(writer.holder)),
+    LeafRef: _Writer.lent,
 }
 
 
