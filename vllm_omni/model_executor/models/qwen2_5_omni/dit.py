@@ -29,7 +29,7 @@ class BlockLayout:
     """How packed blocks belong together; N blocks of S frames."""
 
     cos: torch.Tensor
-    """[N, 1, S, head_dim / 2] rotary table by the frame's number within its request."""
+    """[N, S, 1, head_dim] rotary table by the frame's number within its request, both of a pair alike."""
     sin: torch.Tensor
     """Same shape as ``cos``."""
     valid: torch.Tensor
@@ -63,6 +63,8 @@ class _Modulation(nn.Module):
 
 
 class _Attention(nn.Module):
+    """Attention inside a block and to its neighbours; rotary embedding on head 0 alone, as the model was trained."""
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         inner = config.head_dim * config.num_attention_heads
@@ -71,25 +73,37 @@ class _Attention(nn.Module):
         self.to_k = nn.Linear(config.hidden_size, inner)
         self.to_v = nn.Linear(config.hidden_size, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, config.hidden_size)])
+        self._joined: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def _heads(self, x_NSC: torch.Tensor) -> torch.Tensor:
-        return x_NSC.view(*x_NSC.shape[:2], self.heads, self.head_dim).transpose(1, 2)
+    def join(self) -> None:
+        """One product for queries, keys and values, and for the turned pairs of head 0 of queries and keys, which the
+        rotation adds. To be called when the weights change."""
+        parts = [self.to_q, self.to_k, self.to_v]
+        weights, biases = [part.weight for part in parts], [part.bias for part in parts]
+        turned = [_turned_pairs(value[: self.head_dim]) for value in weights[:2]]
+        turned_biases = [_turned_pairs(value[: self.head_dim]) for value in biases[:2]]
+        self._joined = torch.cat([*weights, *turned]).detach(), torch.cat([*biases, *turned_biases]).detach()
 
     def forward(
         self, x_NSC: torch.Tensor, layout: BlockLayout, mask: torch.Tensor | None, look_back: bool, look_ahead: bool
     ) -> torch.Tensor:
-        q, k, v = self._heads(self.to_q(x_NSC)), self._heads(self.to_k(x_NSC)), self._heads(self.to_v(x_NSC))
-        q, k = _rotate_first_head(q, layout), _rotate_first_head(k, layout)
+        if self._joined is None:
+            self.join()
+        assert self._joined is not None
+        out = F.linear(x_NSC, *self._joined)
+        width = 3 * self.heads * self.head_dim
+        qkv_NS3HD = out[..., :width].unflatten(-1, (3, self.heads, self.head_dim))
+        turned_NS2D = out[..., width:].unflatten(-1, (2, self.head_dim))
+        qkv_NS3HD[:, :, :2, 0].mul_(layout.cos).addcmul_(turned_NS2D, layout.sin)
+        q, k, v = qkv_NS3HD.permute(2, 0, 3, 1, 4)
         k, v = _with_neighbours(k, look_back, look_ahead), _with_neighbours(v, look_back, look_ahead)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
-def _rotate_first_head(x_NHSD: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
-    """Rotary embedding (interleaved pairs) on head 0 alone, as the model was trained."""
-    even, odd = x_NHSD[:, :1, :, 0::2], x_NHSD[:, :1, :, 1::2]
-    first = torch.cat([even * layout.cos - odd * layout.sin, odd * layout.cos + even * layout.sin], dim=-1)
-    return torch.cat([first, x_NHSD[:, 1:]], dim=1)
+def _turned_pairs(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (-r1, r0, -r3, r2, ...) of (r0, r1, r2, r3, ...): a quarter turn of every pair."""
+    return torch.stack([-rows[1::2], rows[0::2]], dim=1).flatten(0, 1)
 
 
 def _with_neighbours(x_NHSD: torch.Tensor, look_back: bool, look_ahead: bool) -> torch.Tensor:
@@ -122,9 +136,9 @@ class _Layer(nn.Module):
     def forward(self, x_NSC: torch.Tensor, modulation: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(6)
         mask = layout.mask(self.look_back, self.look_ahead)
-        normed = torch.addcmul(shift, self.norm(x_NSC), 1 + scale)
+        normed = torch.addcmul(shift, self.norm(x_NSC), scale)
         x_NSC = torch.addcmul(x_NSC, gate, self.attn(normed, layout, mask, self.look_back, self.look_ahead))
-        normed = torch.addcmul(shift_ff, self.norm(x_NSC), 1 + scale_ff)
+        normed = torch.addcmul(shift_ff, self.norm(x_NSC), scale_ff)
         return torch.addcmul(x_NSC, gate_ff, self.ff(normed))
 
 
@@ -196,7 +210,7 @@ class CodecDiT(nn.Module):
         inv_freq = 1.0 / (
             self.config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
         )
-        angles = torch.cat(position)[:, None, :, None].float() * inv_freq
+        angles = (torch.cat(position)[:, :, None, None].float() * inv_freq).repeat_interleave(2, dim=-1)
         own = torch.cat(valid)
         return BlockLayout(
             cos=angles.cos().to(device),
@@ -223,9 +237,21 @@ class CodecDiT(nn.Module):
         return (self.text_embed.codec_embed(codes_T) @ weight.T).repeat_interleave(self.config.repeats, dim=0)
 
     def modulations(self, time_T: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Modulation rows of every layer ([T, 6C] each) and of the output ([T, 2C]) for the given times."""
-        emb = F.silu(self.time_embed(time_T))
-        return [layer.attn_norm.linear(emb) for layer in self.transformer_blocks], self.norm_out.linear(emb)
+        """Modulation rows of every layer ([T, 6C] each) and of the output ([T, 2C]) for the given times; the scales
+        among them are one more than the model's, so that they multiply."""
+        emb, size = F.silu(self.time_embed(time_T)), self.config.hidden_size
+        layers = [layer.attn_norm.linear(emb) for layer in self.transformer_blocks]
+        for rows in layers:
+            rows[:, size : 2 * size] += 1
+            rows[:, 4 * size : 5 * size] += 1
+        out = self.norm_out.linear(emb)
+        out[:, :size] += 1
+        return layers, out
+
+    def join_weights(self) -> None:
+        """Prepare what is derived from the weights; to be called when they change."""
+        for layer in self.transformer_blocks:
+            layer.attn.join()
 
     def forward(
         self,
@@ -246,4 +272,4 @@ class CodecDiT(nn.Module):
         h = F.linear(x_NSM, self.input_embed.proj.weight[:, : self.input_embed.sizes[0]]) + condition_NSC
         for layer, row in zip(self.transformer_blocks, layers, strict=True):
             h = layer(h, row, layout)
-        return self.proj_out(self.norm(h) * (1 + scale) + shift)
+        return self.proj_out(torch.addcmul(shift, self.norm(h), scale))

@@ -107,6 +107,7 @@ class Qwen2_5OmniToken2WavModel(OnePassModel):
                 raise ValueError(f"checkpoint tensor {full!r} {tuple(tensor.shape)} has no such parameter here")
             params[name].data.copy_(tensor)
             loaded.add(name)
+        self.code2wav_dit_model.join_weights()
         self._sampler = MelSampler(self.code2wav_dit_model)
         self._voice_rows = {}
         return loaded
