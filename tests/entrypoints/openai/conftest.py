@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from selenium.webdriver import Chrome
 
+from tests.entrypoints.openai.browser import chromium
 from tests.entrypoints.openai.server import Server, picture_stages
 
 
@@ -55,3 +57,28 @@ def omni_server(omni_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     yield server
     assert server.stop() == 0, server.log
     assert "Traceback" not in server.log, server.log
+
+
+@pytest.fixture(scope="package")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Draws: a tiny model, without a key."""
+    from vllm_omni.diffusion.tiny_models import make_tiny_model
+
+    folder = make_tiny_model("qwen-image", tmp_path_factory.mktemp("tiny"))
+    server = Server("--model", str(folder), "--served-model-name", "tiny")
+    yield server
+    assert server.stop() == 0, server.log
+    assert "Traceback" not in server.log, server.log
+
+
+@pytest.fixture(scope="package")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the browser puts what it saves."""
+    return tmp_path_factory.mktemp("browser") / "downloads"
+
+
+@pytest.fixture(scope="package")
+def chrome(downloads: Path) -> Iterator[Chrome]:
+    """The browser of all tests of the page."""
+    with chromium(downloads.parent) as driver:
+        yield driver

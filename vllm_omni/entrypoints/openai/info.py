@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
+from pydantic import BaseModel
 
 from vllm_omni.config.stage import StageConfig
 from vllm_omni.engine.stage_engine import StageInfo
+from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest
 from vllm_omni.entrypoints.openai.health import service_of
 from vllm_omni.entrypoints.openai.images import ImageGenerationRequest
 from vllm_omni.entrypoints.openai.service import Service
+from vllm_omni.entrypoints.openai.speech import SpeechRequest
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.version import __version__
 
 router = APIRouter()
 
 _PARAMETERS = ("negative_prompt", "num_inference_steps", "guidance_scale", "true_cfg_scale", "seed", "n")
-_BOUNDS = ("minimum", "maximum", "maxLength", "enum")
+_CHAT_PARAMETERS = ("max_completion_tokens", "temperature", "top_p", "seed")
+_CHAT_PICTURE_PARAMETERS = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "seed")
+_SPEECH_PARAMETERS = ("input", "instructions", "max_new_tokens", "seed")
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "maxLength", "enum")
 _SHOWN_FACTS = ("device", "dtype")
 
 
@@ -36,6 +43,10 @@ async def info(request: Request) -> dict[str, Any]:
         answer["image"] = _image(service)
     if service.omni.renderer is not None:
         answer["chat"] = _chat(service)
+        if "audio" in service.makes:
+            answer["speech"] = _speech(service)
+    elif "image" in answer:
+        answer["chat"] = _chat_with_pictures(answer["image"])
     return answer
 
 
@@ -43,7 +54,28 @@ def _chat(service: Service) -> dict[str, Any]:
     """What may stand in a message beside text, how many of each (null: any number), and who may speak the answer."""
     processor = service.omni.renderer.mm_processor if service.omni.renderer is not None else None
     inputs = {} if processor is None else dict(processor.info.supported_mm_limits)
-    return {"inputs": inputs, "speaks": "audio" in service.makes, "voices": service.voices}
+    given = service.omni.pipeline.stages[0].default_sampling_params
+    defaults = {**given, "max_completion_tokens": given.get("max_tokens")}
+    return {
+        "answers": sorted(service.makes),
+        "inputs": inputs,
+        "speaks": "audio" in service.makes,
+        "voices": service.voices,
+        "max_media_bytes": service.args.max_media_bytes,
+        "parameters": _parameters(ChatCompletionRequest, _CHAT_PARAMETERS, defaults),
+    }
+
+
+def _chat_with_pictures(image: dict[str, Any]) -> dict[str, Any]:
+    """A model that makes pictures answers with them."""
+    shown = {name: image["parameters"][name] for name in _CHAT_PICTURE_PARAMETERS if name in image["parameters"]}
+    return {"answers": ["image"], "inputs": {}, "speaks": False, "voices": [], "parameters": shown}
+
+
+def _speech(service: Service) -> dict[str, Any]:
+    given = service.omni.pipeline.stages[0].default_sampling_params
+    defaults = {"max_new_tokens": given.get("max_tokens"), "seed": given.get("seed")}
+    return {"voices": service.voices, "parameters": _parameters(SpeechRequest, _SPEECH_PARAMETERS, defaults)}
 
 
 def _stage(stage: StageConfig, said: StageInfo) -> dict[str, Any]:
@@ -64,7 +96,7 @@ def _image(service: Service) -> dict[str, Any]:
     A model that tells nothing of itself (a custom pipeline) takes them all, for all that the server knows.
     """
     model, given = _sampling(service)
-    bounds = {name: _bounds(field) for name, field in ImageGenerationRequest.model_json_schema()["properties"].items()}
+    bounds = _bounds(ImageGenerationRequest)
     defaults = {**(model or {}), **given, "n": given.get("num_outputs_per_prompt", 1)}
     taken = [name for name in _PARAMETERS if name != "guidance_scale" or model is None or model[name] is not None]
     return {
@@ -72,9 +104,12 @@ def _image(service: Service) -> dict[str, Any]:
         "size": {
             "default": [defaults.get("width"), defaults.get("height")],
             "multiple": 1 if model is None else model["multiple"],
-            "max_pixels": service.args.max_generated_image_size,
+            "max_pixels": min(
+                [service.args.max_generated_image_size, *([] if model is None else [model["max_pixels"]])]
+            ),
         },
         "prompt": bounds["prompt"],
+        "previews": bounds["partial_images"],
         "output_formats": bounds["output_format"]["enum"],
     }
 
@@ -89,7 +124,12 @@ def _sampling(service: Service) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     return None, {}
 
 
-def _bounds(field: dict[str, Any]) -> dict[str, Any]:
-    """The bounds in the JSON schema of a field, which may also allow null."""
-    kinds = field.get("anyOf", [field])
-    return {key: value for key, value in kinds[0].items() if key in _BOUNDS}
+def _parameters(body: type[BaseModel], names: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    bounds = _bounds(body)
+    return {name: {"default": defaults.get(name), **bounds[name]} for name in names}
+
+
+def _bounds(body: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """By field of a request: the bounds in its JSON schema. A field may also allow null."""
+    kinds = {name: field.get("anyOf", [field])[0] for name, field in body.model_json_schema()["properties"].items()}
+    return {name: {key: value for key, value in kind.items() if key in _BOUNDS} for name, kind in kinds.items()}

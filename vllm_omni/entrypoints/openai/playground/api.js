@@ -4,11 +4,25 @@ const KEY = "omni.key";
 
 /** What the server said is wrong. `param` names the field of the request, where there is one. */
 export class ApiError extends Error {
-  constructor(error, status) {
+  constructor(error, status, retryAfter = null) {
     super(error.message);
     this.param = error.param ?? null;
     this.status = status;
+    this.retryAfter = retryAfter;
   }
+}
+
+/** An error in words for people. */
+export function explain(error) {
+  if (!(error instanceof ApiError)) return "The server cannot be reached, or the connection broke. Is it still running?";
+  if (error.status === 429) {
+    const when = error.retryAfter === null ? "in a moment" : `in ${error.retryAfter} s`;
+    return `The server is busy: ${error.message.replace(/; try again later$/, "")}. Try again ${when}.`;
+  }
+  if (error.status === 413) return `Too large: ${error.message}`;
+  if (error.status === 503) return `The server cannot answer now: ${error.message}`;
+  if (error.status >= 500) return `Something went wrong in the server: ${error.message}`;
+  return error.message;
 }
 
 export const setKey = (key) => sessionStorage.setItem(KEY, key);
@@ -26,7 +40,7 @@ async function send(path, options = {}) {
   } catch {
     // Not the server's own answer: a proxy's, say. Its text is all there is.
   }
-  throw new ApiError(error, answer.status);
+  throw new ApiError(error, answer.status, answer.headers.get("retry-after"));
 }
 
 /** The JSON at a path. */
@@ -36,17 +50,29 @@ export async function get(path) {
 
 /** POST JSON text; yields the data of each server-sent event. Aborting `signal` cancels the request. */
 export async function* stream(path, json, signal) {
+  dispatchEvent(new Event("omni-request"));
+  try {
+    yield* events(path, json, signal);
+  } finally {
+    dispatchEvent(new Event("omni-request"));
+  }
+}
+
+async function* events(path, json, signal) {
   const headers = { "content-type": "application/json" };
   const answer = await send(path, { method: "POST", headers, body: json, signal });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let pieces = []; // of an event whose end has not come; joined once, as one with a picture comes in many
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return;
-    const parts = (rest + value).split("\n\n");
-    rest = parts.pop();
-    for (const part of parts) {
-      const line = part.split("\n").find((text) => text.startsWith("data: "));
+    const ends = value.includes("\n\n") || (value.startsWith("\n") && pieces.at(-1)?.endsWith("\n"));
+    pieces.push(value);
+    if (!ends) continue;
+    const whole = pieces.join("").split("\n\n");
+    pieces = [whole.pop()];
+    for (const event of whole) {
+      const line = event.split("\n").find((text) => text.startsWith("data: "));
       if (line === undefined || line === "data: [DONE]") continue;
       const data = JSON.parse(line.slice(6));
       if (data.error) throw new ApiError(data.error, answer.status);

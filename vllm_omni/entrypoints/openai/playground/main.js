@@ -1,46 +1,67 @@
-// The page: asks the server what it serves, and ties form, requests, picture, history and code together.
-import { ApiError, get, hasKey, setKey } from "./api.js";
+// The page: asks the server what it serves, and opens what the model can do.
+import { ApiError, explain, get, hasKey, setKey } from "./api.js";
 import * as chat from "./chat.js";
-import { announce, byId, copyText } from "./dom.js";
-import * as form from "./form.js";
-import * as runs from "./runs.js";
-import { curl, python } from "./snippets.js";
-import * as view from "./view.js";
+import { byId, el } from "./dom.js";
+import * as pictures from "./pictures.js";
+import * as speech from "./speech.js";
+import * as store from "./store.js";
+import { shortNames } from "./timeline.js";
 
 const HEALTH_MS = 4000;
-let info = null;
-let language = localStorage.getItem("omni.language") === "python" ? "python" : "curl";
+// [name, part of the server's facts, word, module], in the order in which they are offered.
+const MODES = [
+  ["pictures", "image", "Pictures", pictures],
+  ["chat", "chat", "Chat", chat],
+  ["speech", "speech", "Speech", speech],
+];
+let offered = [];
 
 async function connect() {
+  let info = null;
   try {
     info = await get("/v1/omni/info");
   } catch (error) {
     if (error instanceof ApiError && error.status === 401) askForKey(error);
-    else notice(`The server does not answer: ${error.message}`);
+    else notice(explain(error));
     return;
   }
   byId("unlock").hidden = true;
   byId("model").textContent = info.model;
   byId("model").title = info.model;
-  byId("stages").textContent = info.stages.map(described).join("  \u2192  ");
+  byId("stages").textContent = described(info.stages);
   document.title = `${info.model} \u00b7 vllm-omni`;
-  if (info.image === undefined) {
-    if (info.chat !== undefined) chat.open(info.model, info.chat);
-    else notice(`${info.model} makes ${info.output_modalities.join(" and ")}; this page draws and chats.`);
-    return;
-  }
-  form.build(info.model, info.image);
-  view.setStages(info.stages);
-  const lasting = await runs.open(render);
-  if (!lasting) notice("This browser keeps nothing for the page: the history ends with it.");
-  byId("work").hidden = false; // not before the history is there: requests are put on top of it
-  byId("prompt").focus();
+  if (!(await store.lasting())) notice("This browser keeps nothing for the page: what is made here ends with it.");
+  offered = MODES.filter(([, part]) => part in info);
+  for (const [, part, , module] of offered) await module.build(info.model, info[part], info.stages);
+  if (offered.length === 0) notice(`${info.model} makes ${info.output_modalities.join(" and ")}; this page has nothing for it.`);
+  byId("modes").hidden = offered.length < 2;
+  byId("modes").replaceChildren(...offered.map(([name, , word]) => el("a", { href: `#${name}` }, word)));
+  choose();
 }
 
-function described(stage) {
-  const name = stage.name.replace("ForConditionalGeneration", "");
-  const parts = [name, stage.device, stage.dtype?.replace("torch.", ""), stage.ranks > 1 ? `${stage.ranks} ranks` : ""];
-  return parts.filter(Boolean).join(" ");
+/** Show what the address names, or the first that there is. */
+function choose() {
+  const chosen = offered.find(([name]) => location.hash === `#${name}`) ?? offered[0];
+  if (chosen === undefined) return;
+  for (const [name] of offered) byId(name).hidden = name !== chosen[0];
+  for (const link of byId("modes").children) {
+    if (link.hash === `#${chosen[0]}`) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  byId("skip").hash = { pictures: "#prompt", chat: "#words", speech: "#input" }[chosen[0]];
+  chosen[3].open();
+}
+
+/** The stages in a line; what they have in common is said once. */
+function described(stages) {
+  const facts = stages.map((stage) => [stage.device, stage.dtype?.replace("torch.", "")].filter(Boolean).join(" "));
+  const same = facts.every((fact) => fact === facts[0]);
+  const names = shortNames(stages);
+  const parts = stages.map((stage, index) => {
+    const ranks = stage.ranks > 1 ? `${stage.ranks} ranks` : "";
+    return [names.get(stage.stage_id), same ? "" : facts[index], ranks].filter(Boolean).join(" ");
+  });
+  return parts.join(" \u2192 ") + (same && facts[0] ? ` \u00b7 ${facts[0]}` : "");
 }
 
 function notice(text) {
@@ -60,90 +81,17 @@ byId("unlock").addEventListener("submit", (event) => {
   notice("");
   connect();
 });
-
-// ---------------------------------------------------------------- drawing
-
-async function draw() {
-  form.clearErrors();
-  const body = form.read();
-  if (matchMedia("(max-width: 760px)").matches) byId("stage").scrollIntoView({ behavior: "smooth" });
-  const drawing = runs.start(body);
-  setTimeout(health, 150);
-  try {
-    await drawing;
-  } catch (error) {
-    const said = error instanceof ApiError ? error.message : `The connection broke: ${error.message}`;
-    if (error.param === null || error.param === undefined || !form.showError(error.param, said)) {
-      byId("form-error").textContent = said;
-    } else {
-      announce(said);
-    }
-  }
-  health();
-}
-
-byId("form").addEventListener("submit", (event) => {
+byId("skip").addEventListener("click", (event) => {
   event.preventDefault();
-  draw();
+  document.querySelector(byId("skip").hash).focus();
 });
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !byId("work").hidden && !byId("sure").open) {
-    event.preventDefault();
-    draw();
-  }
-});
-byId("reset").addEventListener("click", form.reset);
-byId("cancel").addEventListener("click", () => runs.cancel(runs.shown));
+addEventListener("hashchange", choose);
 
-// ---------------------------------------------------------------- the shown run
-
-function render(run) {
-  view.gallery(runs.runs, runs.shown, runs.show);
-  if (run === runs.shown) {
-    view.run(runs.shown, runs.seedOf);
-    code();
-  }
-}
-
-function code() {
-  const body = runs.shown === null ? form.read() : runs.repeatable(runs.shown);
-  const write = language === "python" ? python : curl;
-  byId("code").textContent = write(location.origin, body, hasKey());
-  for (const button of document.querySelectorAll("[data-language]")) {
-    button.setAttribute("aria-pressed", String(button.dataset.language === language));
-  }
-}
-
-form.onChange(() => {
-  if (runs.shown === null) code();
-});
-for (const button of document.querySelectorAll("[data-language]")) {
-  button.addEventListener("click", () => {
-    language = button.dataset.language;
-    localStorage.setItem("omni.language", language);
-    code();
-  });
-}
-byId("copy").addEventListener("click", async () => {
-  let said = "Copied";
-  try {
-    await copyText(byId("code").textContent, byId("code"));
-  } catch {
-    said = "Not copied: select it and press Ctrl + C";
-  }
-  byId("copy").textContent = said;
-  announce(said);
-  setTimeout(() => (byId("copy").textContent = "Copy"), 1600);
-});
-byId("download").addEventListener("click", () => view.download(runs.shown, runs.seedOf(runs.shown)));
-byId("again").addEventListener("click", () => form.fill(runs.shown.body, runs.seedOf(runs.shown)));
-byId("keep-seed").addEventListener("click", () => form.setSeed(runs.seedOf(runs.shown)));
-byId("remove").addEventListener("click", () => runs.forget(runs.shown.id));
-byId("clear").addEventListener("click", () => byId("sure").showModal());
-byId("sure").addEventListener("close", () => {
-  if (byId("sure").returnValue === "yes") runs.forgetAll();
-  byId("sure").returnValue = "";
-});
+// On narrow pages the settings are folded away; on wide ones they stand beside.
+const wide = matchMedia("(min-width: 761px)");
+const fold = () => document.querySelectorAll("details.settings").forEach((one) => (one.open = wide.matches));
+wide.addEventListener("change", fold);
+fold();
 
 // ---------------------------------------------------------------- health
 
@@ -163,6 +111,7 @@ async function health() {
 }
 
 setInterval(health, HEALTH_MS);
+addEventListener("omni-request", () => setTimeout(health, 150));
 document.addEventListener("visibilitychange", health);
 health();
 connect();

@@ -1,52 +1,57 @@
-// The requests of this page: those that run, and those that the history holds. One of them is shown.
+// The requests for pictures: those that run, and those that the history holds. One of them is shown.
 import { ApiError, stream } from "./api.js";
 import { announce } from "./dom.js";
-import * as history from "./history.js";
+import { fromBase64 } from "./sound.js";
 import { toJson } from "./snippets.js";
+import * as store from "./store.js";
+import { thumbnail } from "./thumbnails.js";
+
+const LIMIT = 200;
 
 /** Newest first. A run: {id, at, model, body, status, step, total, seconds, blobs, small, metrics, size}. */
 export let runs = [];
 export let shown = null;
-let notify = () => {};
+let heard = {}; // {shown, step, list}: what is called when there is something new
 
-/** Load the history; `listener` is called with the changed run whenever there is something new to show. */
-export async function open(listener) {
-  notify = listener;
-  const found = await history.open();
-  runs = found.runs;
+/** Load the history; `listeners.shown()`, `.step(run)` and `.list()` are called when that has changed. */
+export async function open(listeners) {
+  heard = listeners;
+  runs = (await store.all("runs")).reverse();
+  heard.list();
   show(runs[0] ?? null);
-  return found.lasting;
 }
 
 export function show(run) {
   shown = run;
-  notify(run);
+  heard.shown();
 }
 
-/** Send a request. Rejects with what the server said; an abort resolves. */
-export async function start(body) {
+/** Send a request with a wish for previews. Rejects with what the server said; an abort resolves. */
+export async function start(body, previews) {
   const run = {
-    id: crypto.getRandomValues(new Uint32Array(4)).join("-"),
+    id: store.newId(),
     at: Date.now(),
     body,
     status: "running",
     step: 0,
     total: null,
+    previews: [],
     begun: performance.now(),
     abort: new AbortController(),
     pieces: [],
   };
   const before = shown;
   runs = [run, ...runs];
+  heard.list();
   show(run);
   announce("Drawing.");
   try {
-    await follow(run);
+    await follow(run, previews);
     await finish(run);
   } catch (error) {
     runs = runs.filter((one) => one !== run);
+    heard.list();
     if (shown === run) show(runs.includes(before) ? before : (runs[0] ?? null));
-    else notify(shown);
     if (error.name === "AbortError") announce("Cancelled.");
     else throw error;
   }
@@ -54,50 +59,56 @@ export async function start(body) {
 
 export const cancel = (run) => run.abort.abort();
 
-async function follow(run) {
-  const sent = { ...run.body, stream: true, return_stage_metrics: true };
-  let told = 0;
+async function follow(run, previews) {
+  const sent = { ...run.body, stream: true, return_stage_metrics: true, ...(previews === 0 ? {} : { partial_images: previews }) };
   for await (const event of stream("/v1/images/generations", toJson(sent), run.abort.signal)) {
-    if (event.type === "image_generation.progress") {
-      if (run.total === null) run.first = performance.now();
-      [run.step, run.total] = [event.step, event.total];
-      const quarter = Math.floor((4 * event.step) / event.total);
-      if (quarter > told) announce(`Step ${event.step} of ${event.total}.`);
-      told = quarter;
-      notify(run);
-    } else if (event.type === "image_generation.completed") {
-      run.pieces.push(event);
-    }
+    if (event.type === "image_generation.progress") progress(run, event);
+    else if (event.type === "image_generation.partial_image") preview(run, event);
+    else if (event.type === "image_generation.completed") run.pieces.push(event);
   }
   if (run.pieces.length === 0) throw new ApiError({ message: "the answer ended without a picture" }, 0);
 }
 
+function progress(run, { step, total }) {
+  if (run.total === null) {
+    run.first = performance.now();
+    run.firstSeconds = (run.first - run.begun) / 1000;
+  }
+  const quarter = (at) => Math.floor((4 * at) / total);
+  if (quarter(step) > quarter(run.step)) announce(`Step ${step} of ${total}.`);
+  [run.step, run.total] = [step, total];
+  heard.step(run);
+}
+
+function preview(run, event) {
+  run.previews[event.image_index ?? 0] = decoded(event);
+  heard.step(run);
+}
+
 async function finish(run) {
-  run.seconds = (performance.now() - run.begun) / 1000;
   const last = run.pieces.at(-1);
   const kept = {
     id: run.id,
     at: run.at,
     body: run.body,
     status: "done",
-    seconds: run.seconds,
+    seconds: (performance.now() - run.begun) / 1000,
+    first: run.firstSeconds ?? null,
     metrics: last.metrics ?? {},
     size: last.size,
-    blobs: run.pieces.map((piece) => decoded(piece.b64_json, piece.output_format)),
+    blobs: run.pieces.map(decoded),
   };
-  kept.small = await history.thumbnail(kept.blobs[0]);
-  runs = runs.map((one) => (one === run ? kept : one));
-  if (!(await history.keep(kept))) announce("The browser has no room to keep this picture.");
-  for (const id of history.beyondLimit(runs)) await forget(id);
+  kept.small = await thumbnail(kept.blobs[0]);
+  const at = runs.indexOf(run);
+  runs = runs.with(at, kept);
+  heard.list();
   announce(`${kept.blobs.length > 1 ? `${kept.blobs.length} pictures are` : "The picture is"} ready.`);
   if (shown === run) show(kept);
-  else notify(kept);
+  if (!(await store.keep("runs", kept))) announce("The browser has no room to keep this picture.");
+  for (const old of runs.slice(LIMIT)) await forget(old.id);
 }
 
-function decoded(base64, format) {
-  const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-  return new Blob([bytes], { type: `image/${format}` });
-}
+const decoded = (event) => new Blob([fromBase64(event.b64_json)], { type: `image/${event.output_format}` });
 
 /** The seed that made it, with all its digits. */
 export const seedOf = (run) => run.body.seed ?? run.metrics?.seed ?? null;
@@ -111,13 +122,14 @@ export function repeatable(run) {
 export async function forget(id) {
   const index = runs.findIndex((run) => run.id === id);
   runs = runs.filter((run) => run.id !== id);
-  await history.remove(id);
+  await store.remove("runs", id);
+  heard.list();
   if (shown?.id === id) show(runs[Math.min(index, runs.length - 1)] ?? null);
-  else notify(shown);
 }
 
 export async function forgetAll() {
   runs = runs.filter((run) => run.status === "running");
-  await history.clear();
+  await store.clear("runs");
+  heard.list();
   show(runs[0] ?? null);
 }

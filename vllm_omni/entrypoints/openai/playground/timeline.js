@@ -10,8 +10,17 @@ const WORDS = {
   denoise: "steps",
   decode: "decode",
   run: "run",
-  browser: "seen by the browser",
+  first: "nothing to see yet",
+  browser: "the answer comes",
 };
+
+/** The stages' names by id, without what all of them have. */
+export function shortNames(stages) {
+  const names = stages.map((stage) => stage.name.replace(/(ForConditionalGeneration|Pipeline)$/, ""));
+  const common = names.length < 2 ? 0 : [...names[0]].findIndex((letter, at) => names.some((name) => name[at] !== letter));
+  const start = common < 1 ? 0 : (names[0].slice(0, common + 1).search(/[A-Z][^A-Z]*$/) ?? 0); // whole words alone
+  return new Map(stages.map((stage, index) => [stage.stage_id, names[index].slice(Math.max(0, start))]));
+}
 
 /** Parts of a stage's time in order, [kind, seconds]. The server tells the two ways of transfer as one sum. */
 function partsOf(times, engine) {
@@ -31,15 +40,17 @@ function partsOf(times, engine) {
   return parts.filter(([, value]) => value >= SHOWN);
 }
 
-function rowsOf(metrics, stages, total) {
+function rowsOf(metrics, stages, total, first) {
   const rows = [];
+  const names = shortNames(stages);
   for (const [id, times] of Object.entries(metrics.stages ?? {})) {
     const stage = stages.find((one) => String(one.stage_id) === id);
     // What stands beside `stages` is the engine's own account, of the stage that made the picture.
     const parts = partsOf(times, stage?.output === "image" ? metrics : null);
-    rows.push({ name: `${id} ${stage?.name ?? "stage"}`, start: times.start_s ?? 0, parts });
+    rows.push({ name: `${id} ${names.get(stage?.stage_id) ?? "stage"}`, start: times.start_s ?? 0, parts });
   }
-  rows.push({ name: "browser", start: 0, parts: [["browser", total]] });
+  const seen = [["first", first ?? 0], ["browser", total - (first ?? 0)]].filter(([, value]) => value >= SHOWN);
+  rows.push({ name: "browser", start: 0, parts: seen });
   return rows;
 }
 
@@ -69,9 +80,9 @@ function axis(end) {
   return el("div", { className: "axis", "aria-hidden": "true" }, ...marks);
 }
 
-/** Draw into `target`. `total`: seconds in the browser. */
-export function draw(target, metrics, stages, total) {
-  const rows = rowsOf(metrics, stages, total);
+/** Draw into `target`. `total`: seconds in the browser; `first`: those until something of the answer was there. */
+export function draw(target, metrics, stages, total, first = null) {
+  const rows = rowsOf(metrics, stages, total, first);
   const end = Math.max(...rows.map((row) => row.start + row.parts.reduce((sum, [, value]) => sum + value, 0)), 1e-3);
   const cells = rows.flatMap((row) => [
     el("span", { className: "name", title: row.name }, row.name),

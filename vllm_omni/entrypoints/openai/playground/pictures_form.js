@@ -1,5 +1,6 @@
-// The form: built from what the server says of its model, read into the body of a request, filled from one.
+// The form for pictures: built from what the server says of its model, read into the body of a request, filled from one.
 import { byId, el } from "./dom.js";
+import { numberField, set, showError, typed, values, write as writeFields, clearErrors as clearFields } from "./fields.js";
 
 const LABELS = {
   num_inference_steps: "Steps",
@@ -8,26 +9,30 @@ const LABELS = {
   n: "Pictures",
 };
 const SHAPES = [[1, 1], [4, 3], [3, 4], [16, 9], [9, 16]];
-const WHOLE = new Set(["num_inference_steps", "n"]);
-const NUMBER = /^-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i;
-
+const PREVIEWS = 5;
+const form = byId("form");
 let facts = null;
 let model = "";
-let listeners = [];
+const listeners = [];
 
 /** Build the fields for a model; `image` is that part of /v1/omni/info. */
 export function build(name, image) {
   model = name;
   facts = image;
+  const hint = (key) => (key === "true_cfg_scale" && image.parameters.negative_prompt.default === null ? "with negative prompt" : "");
   const numbers = Object.keys(LABELS).filter((key) => key in image.parameters);
-  byId("numbers").prepend(...numbers.map((key) => numberField(key, image.parameters[key])));
+  const made = numbers.map((key) => numberField(key, LABELS[key], image.parameters[key], { hint: hint(key), slider: key !== "n" }));
+  if ("previews" in image) {
+    made.push(numberField("partial_images", "Previews", { ...image.previews, default: PREVIEWS }, { slider: false }));
+  }
+  byId("numbers").prepend(...made);
   byId("negative_prompt").placeholder = image.parameters.negative_prompt.default?.trim() || "What it should not show";
   byId("output_format").replaceChildren(...image.output_formats.map((format) => el("option", {}, format)));
   buildSize(image.size);
   byId("swap").addEventListener("click", () => setSize(byId("height").value, byId("width").value));
-  byId("dice").addEventListener("click", () => set("seed", crypto.getRandomValues(new Uint32Array(1))[0]));
-  byId("no-seed").addEventListener("click", () => set("seed", ""));
-  byId("form").addEventListener("input", (event) => changed(event.target.closest("[data-param]")?.dataset.param));
+  byId("dice").addEventListener("click", () => set(byId("seed"), crypto.getRandomValues(new Uint32Array(1))[0]));
+  byId("no-seed").addEventListener("click", () => set(byId("seed"), ""));
+  form.addEventListener("input", (event) => changed(event.target.closest("[data-param]")?.dataset.param));
   const stored = localStorage.getItem(`omni.form.${model}`); // before it is written for the first time
   reset();
   if (stored !== null) write(JSON.parse(stored));
@@ -37,40 +42,10 @@ export function build(name, image) {
 export const onChange = (listener) => listeners.push(listener);
 
 function changed(param) {
-  if (param !== undefined) showError(param, "");
-  localStorage.setItem(`omni.form.${model}`, JSON.stringify(values()));
+  if (param !== undefined) showError(form, param, "");
+  localStorage.setItem(`omni.form.${model}`, JSON.stringify(values(form)));
   markShape();
   for (const listener of listeners) listener();
-}
-
-function set(id, value) {
-  byId(id).value = value;
-  byId(id).dispatchEvent(new Event("input", { bubbles: true }));
-}
-
-function numberField(key, { default: initial, minimum, maximum }) {
-  const label = LABELS[key];
-  const hint = key === "true_cfg_scale" && facts.parameters.negative_prompt.default === null ? "with negative prompt" : "";
-  const step = WHOLE.has(key) ? 1 : 0.1;
-  const input = el("input", { id: key, inputMode: step === 1 ? "numeric" : "decimal", autocomplete: "off" });
-  const bounded = key !== "n" && minimum !== undefined && maximum !== undefined;
-  const range = bounded ? el("input", { type: "range", min: minimum, max: maximum, step, tabIndex: -1 }) : null;
-  range?.setAttribute("aria-hidden", "true");
-  range?.addEventListener("input", () => (input.value = range.value));
-  input.addEventListener("input", () => range && (range.value = input.value));
-  input.addEventListener("keydown", (event) => {
-    const sign = { ArrowUp: 1, ArrowDown: -1 }[event.key];
-    if (sign === undefined) return;
-    event.preventDefault();
-    const next = (Number(input.value) || 0) + sign * step * (event.shiftKey ? 10 : 1);
-    set(key, Number(Math.min(Math.max(next, minimum ?? -Infinity), maximum ?? Infinity).toFixed(4)));
-  });
-  input.dataset.initial = initial ?? "";
-  const note = el("p", { className: "hint" }, hint);
-  const error = el("p", { className: "error", id: `${key}-error` });
-  const field = el("div", { className: "field" }, el("label", { htmlFor: key }, label), input, range, hint ? note : null, error);
-  field.dataset.param = key;
-  return field;
 }
 
 function buildSize({ default: [width, height], multiple, max_pixels: most }) {
@@ -97,14 +72,14 @@ function buildSize({ default: [width, height], multiple, max_pixels: most }) {
       const sign = { ArrowUp: 1, ArrowDown: -1 }[event.key];
       if (sign === undefined) return;
       event.preventDefault();
-      set(side, Math.max((Number(byId(side).value) || 0) + sign * multiple, multiple));
+      set(byId(side), Math.max((Number(byId(side).value) || 0) + sign * multiple, multiple));
     });
   }
 }
 
 function setSize(width, height) {
   byId("width").value = width;
-  set("height", height);
+  set(byId("height"), height);
 }
 
 function markShape() {
@@ -112,33 +87,23 @@ function markShape() {
   for (const button of byId("shapes").children) button.setAttribute("aria-pressed", String(button.dataset.size === size));
 }
 
-const inputs = () => [...byId("form").querySelectorAll("input[id], textarea, select")];
-const values = () => Object.fromEntries(inputs().map((input) => [input.id, input.value]));
-
 function write(given) {
-  for (const input of inputs()) {
-    if (!(input.id in given)) continue;
-    input.value = given[input.id];
-    const range = input.parentElement.querySelector("input[type=range]");
-    if (range) range.value = input.value;
-  }
+  writeFields(form, given);
   changed();
 }
 
 /** Every field but the prompts back to the model's own value. */
 export function reset() {
   clearErrors();
-  write({ ...Object.fromEntries(inputs().map((input) => [input.id, input.dataset.initial ?? ""])), ...prompts(), output_format: "png" });
+  const own = [...form.querySelectorAll("input[id]")].map((input) => [input.id, input.dataset.initial ?? ""]);
+  write({ ...Object.fromEntries(own), output_format: "png" });
 }
 
-const prompts = () => ({ prompt: byId("prompt").value, negative_prompt: byId("negative_prompt").value });
-
-/** A typed value: a number where it is one, else the text itself, for the server to say what is wrong with it. */
-function typed(text) {
-  const trimmed = text.trim();
-  if (!NUMBER.test(trimmed)) return trimmed;
-  const value = Number(trimmed);
-  return /^-?\d+$/.test(trimmed) && !Number.isSafeInteger(value) ? BigInt(trimmed) : value;
+/** How many previews are wished for; none where the server makes none. */
+export function previews() {
+  const field = form.querySelector("#partial_images");
+  const value = field === null ? 0 : typed(field.value);
+  return value === "" ? 0 : value;
 }
 
 /** The body of the request that the form describes. What is left empty is left out. */
@@ -167,27 +132,9 @@ export function fill(body, seed) {
   byId("prompt").focus();
 }
 
-export const setSeed = (seed) => set("seed", seed);
+export const setSeed = (seed) => set(byId("seed"), seed);
 
 /** Show what the server says of a field; returns whether there is such a field. */
-export function showError(param, message) {
-  const field = byId("form").querySelector(`[data-param="${CSS.escape(param)}"]`);
-  if (field === null) return false;
-  field.querySelector(".error").textContent = message;
-  for (const input of field.querySelectorAll("input:not([type=range]), textarea, select")) {
-    if (message) {
-      input.setAttribute("aria-invalid", "true");
-      input.setAttribute("aria-describedby", `${param}-error`);
-    } else {
-      input.removeAttribute("aria-invalid");
-      input.removeAttribute("aria-describedby");
-    }
-  }
-  if (message) field.querySelector("input, textarea, select").focus();
-  return true;
-}
+export const refuse = (param, message) => showError(form, param, message);
 
-export function clearErrors() {
-  for (const field of byId("form").querySelectorAll("[data-param]")) showError(field.dataset.param, "");
-  byId("form-error").textContent = "";
-}
+export const clearErrors = () => clearFields(form);
