@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import ssl
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,3 +256,22 @@ async def test_servers_that_cannot_be_measured() -> None:
         with pytest.raises(ConfigError, match="no OpenAI-compatible server"):
             await measure(BenchArgs(base_url=server.url))
     assert not server.posts()
+
+
+async def test_a_certificate_that_nobody_vouches_for(tmp_path: Path) -> None:
+    """It is refused with a hint, and taken with the authority's file."""
+    made = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost")
+    files = ("-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem"))
+    names = ("-addext", "subjectAltName=DNS:localhost")
+    await asyncio.to_thread(subprocess.run, ["openssl", *made, *files, *names], check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server = FakeServer(["image"], {PATHS["image"]: picture})
+    async with server.running(context):
+        address = server.url.replace("http://127.0.0.1", "https://localhost")
+        with pytest.raises(ConfigError, match="self-signed certificate; SSL_CERT_FILE names"):
+            await measure(BenchArgs(base_url=address))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+            figures, _ = await measure(BenchArgs(base_url=address, num_requests=2, quiet=True))
+    assert figures["results"][0]["succeeded"] == 2

@@ -32,6 +32,11 @@ OTHER_PROGRAMS = {
     "ruff",
     "mypy",
     ".ci/run",
+    "docker",
+    "useradd",
+    "install",
+    "systemctl",
+    "journalctl",
 }
 # Text that must not stand in the project: folders of one machine, package hosts, and trackers that a reader cannot see.
 FORBIDDEN = (

@@ -12,7 +12,10 @@ from vllm_omni.benchmarks.load import Run
 Point = tuple[float, float]
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 WIDTH, HEIGHT, LEFT, TOP, GAP = 640, 200, 64, 40, 64
-BINS = 60
+BINS = (8, 60)
+"""Fewest and most intervals of the throughput."""
+PER_BIN = 8
+"""Answers that an interval should hold, so that it shows a rate and not single answers."""
 
 
 def draw(named: Sequence[tuple[str, Run]], title: str) -> str:
@@ -41,11 +44,12 @@ def _shares(run: Run) -> list[Point]:
 
 def _throughput(run: Run) -> list[Point]:
     wall = max(run.end - run.begun, 1e-9)
-    width = wall / BINS
-    counts = [0] * BINS
+    bins = min(BINS[1], max(BINS[0], len(run.requests) // PER_BIN))
+    width = wall / bins
+    counts = [0] * bins
     for request in run.requests:
         if request.error is None:
-            counts[min(BINS - 1, max(0, int((request.end - run.begun) / width)))] += 1
+            counts[min(bins - 1, max(0, int((request.end - run.begun) / width)))] += 1
     return [(i * width + side * width, count / width) for i, count in enumerate(counts) for side in (0, 1)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -53,6 +54,9 @@ async def _when_there(client: HttpClient, args: BenchArgs) -> Answer:
             return await client.get("/v1/models")
         except BrokenAnswer as error:
             raise ConfigError(f"{args.base_url}: {error}; no HTTP server", field="base_url") from error
+        except ssl.SSLCertVerificationError as error:
+            text = f"{args.base_url}: {error.verify_message}; SSL_CERT_FILE names the file of an authority of your own"
+            raise ConfigError(text, field="base_url") from error
         except OSError as error:  # TimeoutError too
             if args.wait and time.monotonic() >= end:
                 raise DeadlineError(f"no server at {args.base_url} within {args.wait:g} s", phase="wait") from error
