@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_omni.diffusion.data import _INSTEAD, OmniDiffusionConfig
+from vllm_omni.diffusion.data import INSTEAD, OmniDiffusionConfig
 from vllm_omni.errors import ConfigError
 
 
@@ -26,4 +26,4 @@ def test_a_name_from_elsewhere(name: str, hint: str) -> None:
 
 def test_what_is_a_setting_is_no_foreign_name() -> None:
     """A hint has to go when the setting comes."""
-    assert not set(_INSTEAD) & set(OmniDiffusionConfig.__dataclass_fields__)
+    assert not set(INSTEAD) & set(OmniDiffusionConfig.__dataclass_fields__)

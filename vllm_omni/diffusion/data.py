@@ -109,6 +109,9 @@ class OmniDiffusionConfig:
     """Requests that are denoised together at most."""
     max_num_batched_tokens: int | None = None
     """Latent tokens that one denoise step may process at most; default: what the GPU's memory allows, as measured."""
+    max_pixels: int | None = None
+    """Pixels of one picture at most, and a quarter of those of all pictures of a request; default: 16 times the size
+    that the model draws when it is not told."""
     enforce_eager: bool = False
     """Do not compile the repeated blocks (a CPU never does)."""
     vae_use_slicing: bool = False
@@ -128,6 +131,8 @@ class OmniDiffusionConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: must be at least 1",
                 field="max_num_batched_tokens",
             )
+        if self.max_pixels is not None and self.max_pixels < 256:
+            raise ConfigError(f"max_pixels={self.max_pixels}: must be at least 256", field="max_pixels")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization}: must be in (0, 1]",
@@ -165,7 +170,7 @@ class OmniDiffusionConfig:
         known = (*cls.__dataclass_fields__, *_PARALLEL_FIELDS)
         for name in values:
             if name not in known:
-                hint = _INSTEAD[name] if name in _INSTEAD else nearest(name, known)
+                hint = INSTEAD[name] if name in INSTEAD else nearest(name, known)
                 raise ConfigError(f"diffusion stage: unknown key {name!r}{hint}", field=name)
         return parse(cls, {**values, "parallel_config": parallel}, "diffusion stage")
 
@@ -207,7 +212,7 @@ class OmniDiffusionConfig:
 
 
 # What users of the field may bring with them -> what to do here. The name follows "unknown key".
-_INSTEAD = {
+INSTEAD = {
     "load_format": "; use diffusion_load_format",
     "max_batch_size": "; use max_num_seqs",
     "device_map": "; use devices, or a parallel size: the model is not spread over devices by layers",

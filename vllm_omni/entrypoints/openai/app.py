@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from vllm_omni.entrypoints.openai import chat, errors, health, images, info, metrics, page, profile, speech
+from vllm_omni.entrypoints.openai import chat, completions, errors, health, images, info, metrics, page, profile, speech
 from vllm_omni.entrypoints.openai.gate import Gate
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.trace_context import TraceContext
@@ -60,6 +60,7 @@ def build_app(service: Service) -> FastAPI:
     for router in (
         images.router,  # first what is asked for most: the list is searched for each request
         chat.router,
+        completions.router,
         speech.router,
         health.router,
         info.router,

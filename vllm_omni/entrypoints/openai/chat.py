@@ -131,8 +131,9 @@ async def begin(chat: Chat) -> tuple[Turn, Any]:
     defaults, fields, rest, stages = stage_params(service, body)
     turns = await service.aside(checked_messages, body.messages, service.args)
     information = None if chat.voice is None else {"speaker": chat.voice}
-    turn = Turn(service, stages, service.reader, rest, chat.modalities, information, chat.media.append)
     given = body.model_fields_set
+    about = "messages", given, chat.media.append
+    turn = Turn(service, stages, service.reader, rest, chat.modalities, information, *about)
     with typed_errors("messages", given):
         request = Plain(
             **{**fields, **vllm_fields(body), "messages": turns, "request_id": chat.request_id},
@@ -143,44 +144,39 @@ async def begin(chat: Chat) -> tuple[Turn, Any]:
 
 
 def stage_params(
-    service: Service, body: ChatCompletionRequest
+    service: Service, body: ChatCompletionRequest | None
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[OmniSamplingParams]]:
     """Parameters of the stage that reads the prompt, as ``chat_render.divided`` divides them, and those of all stages:
-    their own, with those of ``sampling_params_list`` over them."""
+    their own, with those of a chat's ``sampling_params_list`` over them."""
     stages = service.omni.pipeline.stages
-    rows: Sequence[Mapping[str, Any]] = body.sampling_params_list or [{}] * len(stages)
+    listed = None if body is None else body.sampling_params_list
+    rows: Sequence[Mapping[str, Any]] = listed if listed is not None else [{}] * len(stages)
     if len(rows) != len(stages):
         raise RequestError(
             f"sampling_params_list has {len(rows)} entries; there are {len(stages)} stages",
             field="sampling_params_list",
         )
-    values = {}
-    out: list[OmniSamplingParams] = []
+    out = list(service.omni.default_sampling_params_list)
     for i, (stage, row) in enumerate(zip(stages, rows, strict=True)):
-        if i == service.reader:
-            check_listed(row, stage.default_sampling_params, f"sampling_params_list.{i}")
-            values = merged(stage.default_sampling_params, row)
-        out.append(_later(service, i, stage, row, body))
-    return *divided(values), out
+        where = f"sampling_params_list.{i}"
+        if stage.stage_type == "diffusion":
+            if row:
+                raise RequestError(f"{where}: stage {stage.stage_id} makes pictures and takes none here", field=where)
+            if body is not None:
+                out[i] = _of_pictures(stage, body, service.args.max_generated_image_size)
+            continue
+        check_listed(row, stage.default_sampling_params, where)
+        if i != service.reader:
+            out[i] = sampling_params(merged(stage.default_sampling_params, row), where)
+    reader = merged(stages[service.reader].default_sampling_params, rows[service.reader])
+    return *divided(reader), out
 
 
-def _later(
-    service: Service, i: int, stage: StageConfig, row: Mapping[str, Any], body: ChatCompletionRequest
-) -> OmniSamplingParams:
-    """Parameters of a stage that does not read the prompt; the other's are replaced."""
-    where = f"sampling_params_list.{i}"
-    if stage.stage_type == "diffusion":
-        if row:
-            raise RequestError(f"{where}: stage {stage.stage_id} makes pictures and takes none here", field=where)
-        given = picture_params(body, service.args.max_generated_image_size)
-        params = OmniDiffusionSamplingParams.from_kwargs({**stage.default_sampling_params, **given})
-        params.validate()
-        return params
-    if i == service.reader:
-        return service.omni.default_sampling_params_list[i]
-    check_listed(row, stage.default_sampling_params, where)
-    listed: OmniSamplingParams = sampling_params(merged(stage.default_sampling_params, row), where)
-    return listed
+def _of_pictures(stage: StageConfig, body: ChatCompletionRequest, limit: int) -> OmniDiffusionSamplingParams:
+    given = picture_params(body, limit)
+    params = OmniDiffusionSamplingParams.from_kwargs({**stage.default_sampling_params, **given})
+    params.validate()
+    return params
 
 
 # ---------------------------------------------------------------- answers
@@ -211,15 +207,23 @@ async def _streamed(chat: Chat) -> AsyncGenerator[bytes, None]:
         turn, pieces = await begin(chat)
         try:
             if chat.is_plain:
-                async for piece in pieces:
-                    _raise_errors(turn, piece)
-                    yield piece.encode()
+                async with aclosing(plain(turn, pieces)) as events:
+                    async for event in events:
+                        yield event
             else:
                 async with aclosing(_mixed(chat, turn, pieces)) as events:
                     async for event in events:
                         yield event
         finally:
             await turn.aclose()
+
+
+async def plain(turn: Turn, pieces: AsyncGenerator[str, None]) -> AsyncGenerator[bytes, None]:
+    """vLLM's stream as it is, up to an error."""
+    async with aclosing(pieces):
+        async for piece in pieces:
+            _raise_errors(turn, piece)
+            yield piece.encode()
 
 
 def _raise_errors(turn: Turn, piece: str) -> None:

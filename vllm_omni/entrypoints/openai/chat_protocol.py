@@ -74,7 +74,7 @@ class JsonSchema(Body):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    name: str = Field("schema", max_length=256)
+    name: Name
     description: Short | None = None
     json_schema: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
@@ -18,6 +20,8 @@ from vllm_omni.logger import init_logger
 logger = init_logger(__name__)
 
 MAX_MESSAGE = 2000
+_FIELD = re.compile(r"[a-z][a-z0-9_]*")
+_NO_FIELDS = {"body", "query", "path", "str", "int", "float", "bool", "list", "dict", "none"}
 _PARAMS = {
     "height": "size",
     "width": "size",
@@ -65,7 +69,7 @@ def omni_response(error: OmniError) -> Response:
 
 
 def _validation_message(error: dict[str, Any]) -> tuple[str, str | None]:
-    path = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
+    path = field_path(error["loc"])
     if error["type"] == "json_invalid":
         return f"the body is not JSON: {error.get('ctx', {}).get('error', error['msg'])}", None
     if not path:
@@ -77,6 +81,11 @@ def _validation_message(error: dict[str, Any]) -> tuple[str, str | None]:
         return f"{param}: unknown parameter, or one that this server does not support", param
     given = "" if isinstance(error.get("input"), (dict, list)) else f"={_short(error.get('input'))}"
     return f"{param}{given}: {error['msg']}", param
+
+
+def field_path(loc: Iterable[str | int]) -> list[str]:
+    """The fields and places in lists of pydantic's path to an error, without its names of types."""
+    return [str(part) for part in loc if isinstance(part, int) or (_FIELD.fullmatch(part) and part not in _NO_FIELDS)]
 
 
 def _short(value: Any) -> str:

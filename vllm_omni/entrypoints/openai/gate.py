@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.entrypoints.openai.errors import error_response
 
-GUARDED = ("/v1", "/start_profile", "/stop_profile")
+GUARDED = ("/v1", "/tokenize", "/detokenize", "/start_profile", "/stop_profile")
 """Prefixes of the paths that need the key."""
 
 

@@ -27,22 +27,32 @@ from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.exceptions import VLLMClientError, VLLMNotFoundError, VLLMValidationError
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from vllm_omni.entrypoints.openai.errors import field_path
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.text_args import TextArgs
 from vllm_omni.errors import ConfigError, NotFoundError, OmniError, RequestError, StageDeadError, StageError
 from vllm_omni.inputs.data import OmniEnginePrompt, OmniSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
 
-_PARAMS = {"input_tokens": "messages", "input_text": "messages", "structured_outputs": "response_format"}
-"""vLLM's names of what is wrong -> fields of the request, where they differ."""
+_PROMPTS = ("input_tokens", "input_text", "prompt")
+"""vLLM's names of what was asked, whatever field it came in."""
 
 
-_WORD = re.compile(r"\w+")
+_GRAMMARS = ("structured_outputs", "response_format", "tools")
 
 
 def blamed(message: str, field: str, given: Collection[str]) -> str:
     """The field that a message without one is about: the first of ``given`` that it names, else ``field``."""
-    return next((word for word in _WORD.findall(message) if word in given), field)
+    text = message.lower()
+    if "grammar" in text or "schema" in text:
+        given = [name for name in _GRAMMARS if name in given] or given
+        return next(iter(given)) if given and next(iter(given)) in _GRAMMARS else field
+    found = {}
+    for name in given:
+        match = re.search(rf"\b({re.escape(name)}|{re.escape(name.replace('_', ' '))})\b", text)
+        if match is not None:
+            found[match.start()] = name
+    return found[min(found)] if found else field
 
 
 @contextmanager
@@ -64,7 +74,7 @@ def typed_errors(field: str, given: Collection[str] = ()) -> Iterator[None]:
         raise _of_validation(error, field) from error
     except VLLMValidationError as error:
         name = error.parameter or blamed(str(error), field, given)
-        raise RequestError(str(error.args[0]), field=_PARAMS.get(name, name)) from error
+        raise RequestError(str(error.args[0]), field=field if name in _PROMPTS else name) from error
     except VLLMNotFoundError as error:
         raise NotFoundError(str(error), field=field) from error
     except (VLLMClientError, TemplateError, OSError, ImportError, ArithmeticError) as error:
@@ -78,7 +88,7 @@ def _of_validation(error: ValidationError, field: str) -> RequestError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, VLLMValidationError):
         return RequestError(str(cause.args[0]), field=cause.parameter or field)
-    path = ".".join(str(part) for part in first["loc"]) or field
+    path = ".".join(field_path(first["loc"])) or field
     return RequestError(f"{path}: {first['msg']}", field=path)
 
 
@@ -97,7 +107,7 @@ def checked(answer: Any, field: str, given: Collection[str] = ()) -> Any:
         raise NotFoundError(error.message, field=name)
     if error.code >= 500:
         raise StageError(error.message)
-    raise RequestError(error.message, field=_PARAMS.get(name, name))
+    raise RequestError(error.message, field=field if name in _PROMPTS else name)
 
 
 class Engine:
@@ -136,6 +146,8 @@ class Turn(Engine):
         more: values of that stage's parameters that vLLM's requests have no field for.
         modalities: kinds of output wanted.
         information: what later stages read of the request.
+        field: what of the request the prompt is, and
+        given: all fields of it, for errors.
         on_media: gets every output that is not text.
     """
 
@@ -147,6 +159,8 @@ class Turn(Engine):
         more: Mapping[str, Any],
         modalities: Sequence[str],
         information: Mapping[str, Any] | None = None,
+        field: str = "messages",
+        given: Collection[str] = (),
         on_media: Callable[[OmniRequestOutput], None] | None = None,
     ) -> None:
         super().__init__(service)
@@ -156,6 +170,7 @@ class Turn(Engine):
         self._more = more
         self._modalities = modalities
         self._information = information
+        self._field, self._given = field, given
         self.on_media = on_media
         self._runs: list[AsyncGenerator[Any, None]] = []
         self.made: tuple[OmniEnginePrompt, list[OmniSamplingParams]] = {"engine_input": {}}, []
@@ -210,6 +225,8 @@ class Turn(Engine):
                     elif self.on_media is not None and (output.images or output.multimodal_output):
                         self.on_media(output)
         except OmniError as error:
+            if error.details.get("field") == "prompt":  # the stage's name for what vLLM blames nothing for
+                error.details["field"] = blamed(error.message, self._field, self._given)
             self.error = error
             raise
         except asyncio.CancelledError:
@@ -219,7 +236,8 @@ class Turn(Engine):
     async def aclose(self) -> None:
         """Abort what has not ended."""
         for run in self._runs:
-            await run.aclose()
+            if not run.ag_running:  # else vLLM reads several at once in tasks, and has cancelled those
+                await run.aclose()
 
 
 class _Chat(OpenAIServingChat):
