@@ -45,11 +45,11 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """
     task = asyncio.current_task()
     assert task is not None
-    gone = False
+    gone = over = False
 
     def leave(watch: asyncio.Task[None]) -> None:
         nonlocal gone
-        if not watch.cancelled():
+        if not over and not watch.cancelled():
             gone = True
             task.cancel()
 
@@ -62,7 +62,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             raise RequestAborted("the client went away") from None
         raise
     finally:
-        watch.remove_done_callback(leave)
+        over = True  # the callback may be on its way already
         watch.cancel()
 
 
