@@ -6,9 +6,9 @@
 
 Measures, for 1 and 3 stages and a 1 KB payload: milliseconds per request one after another and 64 at once, requests per
 second, CPU time per request of driver and stages together; and for a stream of 4 KB chunks, one every 4 ms, through
-three stages the time from a stage's work on a chunk to the next stage's work on it. Every figure is the best of
-``--repeats`` rounds, because a round on a shared machine measures the others too; the median round is reported beside
-it.
+three stages the time from a stage's work on a chunk to the next stage's work on it, next to what bare sockets between
+three processes take. Every figure is the best of ``--repeats`` rounds, because a round on a shared machine measures the
+others too; the median round is reported beside it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from relay import relayed  # noqa: E402
 
 from vllm_omni.entrypoints.async_omni import AsyncOmni  # noqa: E402
 from vllm_omni.entrypoints.loop_thread import LoopThread  # noqa: E402
@@ -102,18 +104,29 @@ async def rounds_of(engine: AsyncOmni, count: int, at_once: int, repeats: int) -
     return summary(rounds[1:], seconds[1:])
 
 
-async def hops(engine: AsyncOmni, chunks: int, repeats: int) -> dict[str, float]:
-    """Time between the arrivals of a chunk in neighbouring stages, by way of the driver, in microseconds."""
-    rounds = []
+PACE = 0.004
+"""Seconds of work on a chunk in the first stage."""
+
+
+async def hops(engine: AsyncOmni, chunks: int, repeats: int) -> dict[str, Any]:
+    """Time between the arrivals of a chunk in neighbouring stages, by way of the driver, in microseconds; in turn with
+    it, what bare sockets between three processes take."""
+    ours, floor = [], []
     for _ in range(repeats + 1):
         took: list[float] = []
-        info = {"chunks": chunks, "times": True, "pace": 0.004}
+        info = {"chunks": chunks, "times": True, "pace": PACE}
         prompt: Any = {"prompt": PAYLOAD * 4, "additional_information": info}
         async for output in engine.generate(prompt):
             arrived = output.multimodal_output["additional_information"]["times"]
             took += [(b - a) * 1e6 for a, b in itertools.pairwise(arrived)]
-        rounds.append(took)
-    rounds = rounds[1:]
+        ours.append(took)
+        floor.append([seconds * 1e6 for seconds in await relayed(chunks, PACE)])
+    out, least = microseconds(ours[1:]), microseconds(floor[1:])
+    return {**out, "bare_sockets": least, "p50_over_bare_sockets_us": out["p50_us"] - least["p50_us"]}
+
+
+def microseconds(rounds: list[list[float]]) -> dict[str, float]:
+    """Best and median round."""
     return {
         "p50_us": min(quantile(values, 0.5) for values in rounds),
         "p99_us": min(quantile(values, 0.99) for values in rounds),
@@ -161,7 +174,7 @@ async def measure_async(path: str, count: int, repeats: int) -> dict[str, Any]:
     }
 
 
-async def measure_stream(path: str, repeats: int) -> dict[str, float]:
+async def measure_stream(path: str, repeats: int) -> dict[str, Any]:
     """100 chunks of 4 KB through three stages."""
     engine = AsyncOmni(stage_configs_path=path)
     result = await hops(engine, 100, repeats)
@@ -183,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=500, help="requests a round")
     parser.add_argument("--repeats", type=int, default=7, help="rounds, after one that does not count")
+    parser.add_argument("--only-stream", action="store_true", help="the stream of chunks alone")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -191,7 +205,7 @@ def main() -> None:
         "machine": {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version()}
     }
     with tempfile.TemporaryDirectory() as folder:
-        for stages in (1, 3):
+        for stages in () if args.only_stream else (1, 3):
             path = write_chain(folder, stages, stream=False)
             figures[f"omni_{stages}_stages"] = measure_sync(path, args.requests, args.repeats)
             figures[f"async_omni_{stages}_stages"] = run(measure_async(path, args.requests, args.repeats))
