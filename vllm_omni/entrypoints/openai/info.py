@@ -58,6 +58,7 @@ def _chat(service: Service) -> dict[str, Any]:
     defaults = {**given, "max_completion_tokens": given.get("max_tokens")}
     return {
         "answers": sorted(service.makes),
+        "compat": service.args.compat,
         "inputs": inputs,
         "speaks": "audio" in service.makes,
         "voices": service.voices,
@@ -96,6 +97,7 @@ def _image(service: Service) -> dict[str, Any]:
     A model that tells nothing of itself (a custom pipeline) takes them all, for all that the server knows.
     """
     model, given = _sampling(service)
+    limit = service.args.max_generated_image_size
     bounds = _bounds(ImageGenerationRequest)
     defaults = {**(model or {}), **given, "n": given.get("num_outputs_per_prompt", 1)}
     taken = [name for name in _PARAMETERS if name != "guidance_scale" or model is None or model[name] is not None]
@@ -104,9 +106,7 @@ def _image(service: Service) -> dict[str, Any]:
         "size": {
             "default": [defaults.get("width"), defaults.get("height")],
             "multiple": 1 if model is None else model["multiple"],
-            "max_pixels": min(
-                [service.args.max_generated_image_size, *([] if model is None else [model["max_pixels"]])]
-            ),
+            "max_pixels": min(limit, (model or {}).get("max_pixels", limit)),
         },
         "prompt": bounds["prompt"],
         "previews": bounds["partial_images"],
