@@ -39,10 +39,12 @@ check: lint ## lint and types: mypy (strict) on the package
 test: $(READY) ## the test suite (ARGS="tests/cli -x"); GPU tests only where there is a GPU
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(READY) ## measure what orchestration and connector cost on this machine, into outputs/
+bench: $(READY) ## measure what HTTP, orchestration and connector cost on this machine, into outputs/
 	@mkdir -p outputs
 	$(BIN)/python benchmarks/orchestration_overhead.py --json outputs/orchestration_overhead.json
 	$(BIN)/python benchmarks/connector.py --json outputs/connector.json
+	$(BIN)/python benchmarks/http_overhead.py --json outputs/http_overhead.json
+	$(BIN)/python benchmarks/overload.py --json outputs/overload.json --plot outputs/overload.svg
 
 docs: $(READY) ## write the generated pages again
 	$(BIN)/python tools/generate_docs.py
