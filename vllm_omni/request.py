@@ -57,6 +57,17 @@ class OmniRequest:
     trace_headers: Mapping[str, str] | None = None
     """``traceparent`` and ``tracestate`` of the caller's trace, where there is one."""
 
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What goes with the prompt into the stages that read it: ``lora_request``, ``priority``."""
+
+    @property
+    def entry(self) -> Any:
+        """The prompt as the stages that read it get it."""
+        if not self.options:
+            return self.prompt
+        prompt = {"prompt": self.prompt} if isinstance(self.prompt, str) else self.prompt
+        return {**prompt, **self.options}
+
 
 _PROMPT_KEYS = frozenset(
     {*OmniTextPrompt.__annotations__, *OmniTokensPrompt.__annotations__, *OmniEnginePrompt.__annotations__}

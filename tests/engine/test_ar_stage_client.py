@@ -230,7 +230,8 @@ async def test_text_prompt_and_kinds(world: World, run: Any) -> None:
         ({"prompt_token_ids": [1] * 300}, THINK, "prompt"),
         ({"prompt": "hi", "multi_modal_data": {"image": object()}}, THINK, "prompt"),
         ({"prompt_token_ids": []}, THINK, "prompt"),
-        ("hi", SamplingParams(n=2), "n"),
+        ({"prompt": "hi", "priority": 2}, THINK, "priority"),
+        ({"prompt": "hi", "lora_request": "x"}, THINK, "lora_request"),
         ({"prompt": "hi", "multi_modal": 1}, THINK, "multi_modal"),
     ],
 )
@@ -246,6 +247,42 @@ async def test_bad_input(run: Any, prompt: Any, params: SamplingParams, field: s
     assert isinstance(error, RequestError)
     assert error.details["field"] == field
     assert orchestrator.open_requests == 0
+
+
+async def test_several_answers(run: Any) -> None:
+    """Of text alone. A request that goes away with some of its answers made leaves none behind."""
+    orchestrator = await run(3)
+    client = orchestrator._clients[0]
+    for kind in (RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE):
+        three = SamplingParams(n=3, temperature=1.0, max_tokens=WORDS, ignore_eos=True, output_kind=kind)
+        sink = Sink()
+        orchestrator.open(request("many", "say", ["text"], three), sink)
+        await asyncio.wait_for(sink.ended.wait(), 30)
+        assert sink.error is None
+        made = [data["request_output"] for _, data, _ in sink.outputs]
+        answers = {answer.index: answer for output in made for answer in output.outputs}
+        assert sorted(answers) == [0, 1, 2]
+        assert [len(answer.token_ids) for answer in answers.values()] == [WORDS] * 3
+        assert [output.finished for output in made] == [False] * (len(made) - 1) + [True]
+        assert (len(made) == 1) is (kind is RequestOutputKind.FINAL_ONLY)
+    spoken, left = Sink(), Sink()
+    orchestrator.open(request("spoken", "say", None, three), spoken)
+    await asyncio.wait_for(spoken.ended.wait(), 30)
+    assert isinstance(spoken.error, RequestError)
+    assert spoken.error.details["field"] == "n"
+    key = orchestrator.open(request("left", "say", ["text"], three), left)
+    while not left.outputs:
+        await asyncio.sleep(0)
+    orchestrator.abort(key)
+    assert not client._open
+    assert not client._outputs.request_states
+    assert not client._outputs._asked_by
+    assert not client._outputs.parent_requests
+    again = Sink()
+    orchestrator.open(request("again", "say", ["text"]), again)
+    await asyncio.wait_for(again.ended.wait(), 30)
+    counts = await client.call("call", "omni_counts", [], {}, timeout=30)
+    assert counts == [{"requests": 0, "busy_segments": 0}]
 
 
 async def test_processor_that_breaks(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,6 +396,7 @@ def test_bad_settings_start_nothing(world: World) -> None:
         ({"stage_connector_config": {}}, "output_connectors"),
         ({"engine_output_type": "audio"}, "engine_output_type"),
         ({"omni_kv_config": {}}, "omni_kv_config"),
+        ({"watermark_config": {"key": 1}}, "V2 model runner"),
     ):
         bad = ARStageSpec(3, "ar", {**good.engine_args, **change})
         with pytest.raises(ConfigError, match=words):

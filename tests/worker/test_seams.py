@@ -29,7 +29,7 @@ OURS = [
     (MultimodalOutputProcessor, OutputProcessor),
 ]
 OWN_PRIVATE = {
-    "_attach", "_find_hooks", "_gated", "_generate", "_hidden_rows", "_read",
+    "_attach", "_find_hooks", "_gated", "_generate", "_hidden_rows", "_join", "_read",
     "_rows", "_run", "_sample_all", "_sender", "_step", "_update_omni", "_write_embeddings",
 }  # fmt: skip
 """Our own, not vLLM's."""

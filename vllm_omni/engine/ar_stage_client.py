@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
@@ -31,6 +29,8 @@ from vllm.v1.metrics.stats import IterationStats
 
 from vllm_omni.distributed.omni_connectors.utils.leaf_ref import nbytes_of
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
+from vllm_omni.engine.adapters import Adapters
+from vllm_omni.engine.ar_calls import EngineCalls
 from vllm_omni.engine.ar_launch import ARStageHandle
 from vllm_omni.engine.ar_requests import OpenRequest
 from vllm_omni.engine.engine_pulse import EnginePulse
@@ -58,6 +58,8 @@ class ARStageClient(StageClient):
         self._target = Target(codec, handle.config.parallel_config.tensor_parallel_size, handle.pid)
         self._generation = handle.spec.stage_type == "generation"
         self._inputs = None if self._generation else OmniInputProcessor(handle.config, self._target)
+        self._calls = EngineCalls(handle)
+        self._adapters = Adapters(handle.config.lora_config is not None, functools.partial(self.call, "add_lora"))
         tokenizer = None if self._inputs is None else self._inputs.tokenizer
         collected = handle.config.observability_config.otlp_traces_endpoint is not None
         self._outputs = MultimodalOutputProcessor(codec, tokenizer, log_stats=collected, tracing_enabled=collected)
@@ -67,7 +69,6 @@ class ARStageClient(StageClient):
         self._dead: StageDeadError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._outbox: asyncio.Queue[EngineCoreRequest | list[str]] = asyncio.Queue()
-        self._traces: set[str] = set()
         self._pulse = EnginePulse(handle.client, handle.info.pids)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"stage-{self.stage_id}-inputs")
 
@@ -183,7 +184,15 @@ class ARStageClient(StageClient):
         params: Any,
         last: bool,
     ) -> None:
-        """Tokenise and process media beside the loop. Whatever a media processor raises is this request's error."""
+        """Load the adapter; tokenise and process media beside the loop. What a processor raises is this request's
+        error."""
+        if parts.lora_request is not None:
+            try:
+                await self._adapters.ready(parts.lora_request)
+            except OmniError as refused:
+                if self._open.get(request_id) is request:
+                    self._fail(request_id, refused)
+                return
         work = functools.partial(inputs.prepare, request_id, parts, params, parts.lora_request)
         prepared = asyncio.get_running_loop().run_in_executor(self._pool, work)
         await asyncio.wait({prepared})
@@ -213,8 +222,8 @@ class ARStageClient(StageClient):
         made.trace_headers = request.trace or None
         request.prompt_token_ids = made.prompt_token_ids
         self._open[request_id] = request
-        self._outputs.add_request(made, text)
-        self._put(made)
+        for message in self._outputs.open(made, text):
+            self._put(message)
         request.begun = True
         for prompt, number, final in request.waiting:
             self._put(chunk_request(request_id, prompt, number, last=final, target=self._target))
@@ -249,7 +258,7 @@ class ARStageClient(StageClient):
                 ids.append(request_id)
         for window in ids:
             self._owner.pop(window, None)
-        self._outputs.abort_requests(ids, internal=True)
+        ids += set(self._outputs.abort_requests(ids, internal=True)).difference(ids)
         if ids:
             self._put(ids)
 
@@ -346,7 +355,7 @@ class ARStageClient(StageClient):
     async def call(self, method: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         if self._dead is not None:
             raise self._dead
-        task = asyncio.ensure_future(self._call(method, *args, **kwargs))
+        task = asyncio.ensure_future(self._calls.run(method, *args, **kwargs))
         done, _ = await asyncio.wait({task}, timeout=timeout)
         if not done:
             task.cancel()
@@ -363,35 +372,6 @@ class ARStageClient(StageClient):
         if isinstance(error, EngineDeadError):
             raise StageDeadError(f"the engine of stage {self.stage_id} is gone", stage_id=self.stage_id) from error
         raise StageError(f"stage {self.stage_id}: {method}: {error}", stage_id=self.stage_id) from error
-
-    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        if method == "check_health":
-            await self._client.call_utility_async("get_supported_tasks")
-            return None
-        if method == "start_profile":
-            self._check_profile_folder(*args)
-            self._traces = self._trace_files()
-            return await self._client.profile_async(True)
-        if method == "stop_profile":
-            await self._client.profile_async(False)
-            return sorted(self._trace_files() - self._traces)
-        if method == "call":
-            name, positional, named = args
-            return await self._client.collective_rpc_async(name, None, tuple(positional), dict(named))
-        raise StageError(f"stage {self.stage_id}: a stage on vLLM has no {method}", stage_id=self.stage_id)
-
-    def _check_profile_folder(self, folder: str) -> None:
-        own = self._handle.config.profiler_config.torch_profiler_dir
-        if os.path.abspath(folder) != own:
-            raise RequestError(
-                f"stage {self.stage_id} writes its traces to {own}, as VLLM_TORCH_PROFILER_DIR or its profiler_config "
-                f"said when it was started, not to {folder}",
-                field="VLLM_TORCH_PROFILER_DIR",
-            )
-
-    def _trace_files(self) -> set[str]:
-        folder = Path(self._handle.config.profiler_config.torch_profiler_dir)
-        return {str(path) for path in folder.rglob("*") if path.is_file()}
 
     def detach(self) -> None:
         self._listener = None

@@ -11,6 +11,7 @@ from vllm.config import ProfilerConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMError
 from vllm.model_executor.models.interfaces import supports_eagle3
+from vllm.platforms import current_platform
 
 from vllm_omni import envs
 from vllm_omni.config.model import OmniModelConfig
@@ -107,6 +108,10 @@ class OmniEngineArgs(EngineArgs):
                 self._refuse("hidden_layers", "a generation stage has no hidden states to send")
         if self.omni_kv_config is not None:
             self._refuse("omni_kv_config", "a KV cache cannot be handed to another stage yet")
+        if self.watermark_config is not None:
+            self._refuse(
+                "watermark_config", "vLLM has it in its V2 model runner alone; omni stages run on its V1 runner"
+            )
         if self.worker_cls != "auto":  # type: ignore[has-type]
             self._refuse("worker_cls", "omni stages bring their own worker; use worker_extension_cls to add methods")
         if self.scheduler_cls is not None:
@@ -185,6 +190,11 @@ class OmniEngineArgs(EngineArgs):
             raise
         except (VLLMError, ValueError, TypeError, OSError, NotImplementedError) as error:
             raise ConfigError(f"stage {self.stage_id}: {error}", field="engine_args", stage_id=self.stage_id) from error
+        if config.use_v2_model_runner:  # which vLLM takes for some settings, whatever the environment says
+            raise ConfigError(f"stage {self.stage_id}: omni stages run on vLLM's V1 model runner", field="engine_args")
+        adapters_everywhere = config.lora_config is not None and not self.lora_target_modules
+        if adapters_everywhere and config.model_config.is_moe and current_platform.is_cpu():
+            self._refuse("enable_lora", "vLLM on CPU has none for experts; name others in lora_target_modules")
         if self.stage_type == "generation":
             name = "omni_generation_scheduler.OmniGenerationScheduler"
         elif config.scheduler_config.async_scheduling:

@@ -40,12 +40,13 @@ _PROMPT_KEYS = {
     "engine_input",
     "lora_request",
     "negative_prompt",
+    "priority",
     "reasoning_ended",
     "reasoning_parser_kwargs",
 }
 _OURS = (
     *("additional_information", "conditioning_steps", "emit", "lora_request", "negative_prompt"),
-    *("reasoning_ended", "reasoning_parser_kwargs"),
+    *("priority", "reasoning_ended", "reasoning_parser_kwargs"),
 )
 
 
@@ -63,14 +64,16 @@ class StagePrompt:
     """Whether the stage sends its hidden states on."""
     lora_request: Any = None
     """Adapter to use."""
+    priority: int = 0
+    """Of a stage with ``scheduling_policy: priority``; smaller numbers run first."""
     reasoning: Mapping[str, Any] = field(default_factory=dict)
     """What the engine has to know of the reasoning before an answer that is bound to a grammar: fields of vLLM's
     ``EngineCoreRequest``."""
 
     @property
     def is_rendered(self) -> bool:
-        """Whether nothing is left to tokenise or process."""
-        return set(self.prompt) in ({"prompt_token_ids"}, {"engine_input"})
+        """Whether nothing is left to load, tokenise or process."""
+        return self.lora_request is None and set(self.prompt) in ({"prompt_token_ids"}, {"engine_input"})
 
     @classmethod
     def of(cls, prompt: Any) -> StagePrompt:
@@ -101,6 +104,7 @@ class StagePrompt:
             prompt.get("conditioning_steps", 0),
             prompt.get("emit", True),
             prompt.get("lora_request"),
+            prompt.get("priority", 0),
             {key: prompt[key] for key in reasoning if prompt.get(key) is not None},
         )
 
@@ -151,24 +155,37 @@ class OmniInputProcessor(InputProcessor):
             RequestError: the prompt or the parameters are wrong.
         """
         params = SamplingParams() if params is None else params
-        if params.n != 1:
-            raise RequestError(f"n={params.n}: a stage gives one answer; send the prompt n times", field="n")
         if self.lora_config is not None and params.prompt_logprobs is not None and current_platform.is_cpu():
             raise RequestError("prompt_logprobs: vLLM has none on CPU with enable_lora", field="prompt_logprobs")
+        self._check_priority(parts.priority)
         try:
             rendered = self._render(parts.prompt)
-            request = self.process_inputs(request_id, rendered, params, ("generate",), lora_request=lora_request)
+            request = self.process_inputs(
+                request_id, rendered, params, ("generate",), lora_request=lora_request, priority=parts.priority
+            )
         except RequestError:
             raise
         except VLLMClientError as error:
             named = error.parameter if isinstance(error, VLLMValidationError) else None
-            raise RequestError(str(error.args[0] if error.args else error), field=named or "prompt") from error
+            field = "prompt" if named in (None, "input_tokens", "input_text") else named
+            raise RequestError(str(error.args[0] if error.args else error), field=field) from error
         except (ValueError, TypeError, KeyError, OSError, ImportError, NotImplementedError) as error:
             raise RequestError(f"{type(error).__name__}: {error}", field="prompt") from error
         request.external_req_id = request_id
         for name, value in parts.reasoning.items():
             setattr(request, name, value)
         return request, rendered.get("prompt")
+
+    def _check_priority(self, priority: Any) -> None:
+        if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
+            raise RequestError(f"priority={priority!r}: a whole number is needed", field="priority")
+        policy = self.vllm_config.scheduler_config.policy
+        if priority != 0 and policy != "priority":
+            raise RequestError(
+                f"priority={priority}: the stage serves requests as they come; set scheduling_policy: priority in its "
+                "engine_args",
+                field="priority",
+            )
 
     def attach(self, request: EngineCoreRequest, parts: StagePrompt, *, last: bool) -> None:
         """Add the payload.
@@ -180,11 +197,16 @@ class OmniInputProcessor(InputProcessor):
             RequestError: the prompt's information cannot be sent.
         """
         config: OmniModelConfig = self.model_config
+        params = request.sampling_params
+        if params.n > 1 and (parts.emit or not last or config.takes_payload):
+            raise RequestError(
+                f'n={params.n}: several answers are for text alone (output_modalities=["text"])', field="n"
+            )
         data = self.target.pack(parts.information) if config.takes_payload else []
         emit = parts.emit and (config.hidden_rows == "all" or bool(request.mm_features))
-        OmniPayload(data, steps=parts.steps, last=last, emit=emit).attach(request.sampling_params)
+        OmniPayload(data, steps=parts.steps, last=last, emit=emit).attach(params)
         if emit and config.hidden_layers:
-            request.sampling_params.skip_reading_prefix_cache = True
+            params.skip_reading_prefix_cache = True
         if data or not last:
             request.cache_salt = request.request_id
 

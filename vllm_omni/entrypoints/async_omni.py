@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import uuid
 import weakref
@@ -15,17 +16,20 @@ from vllm_omni.distributed.omni_connectors.utils.arena import Arena
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine.stage_engine import StageInfo
 from vllm_omni.entrypoints import omni_args
+from vllm_omni.entrypoints.entry import entry_options
 from vllm_omni.entrypoints.orchestrator import Orchestrator
-from vllm_omni.entrypoints.params import check_previews, default_params, params_for
+from vllm_omni.entrypoints.params import check_previews, default_params, params_for, text_stages
 from vllm_omni.entrypoints.results import build_output
 from vllm_omni.entrypoints.running_stages import RunningStages, start_stages
 from vllm_omni.entrypoints.sinks import AsyncSink
+from vllm_omni.entrypoints.stage_arguments import runs_on_vllm
 from vllm_omni.entrypoints.stage_graph import StageGraph
 from vllm_omni.entrypoints.tracing import Tracing, open_tracing
 from vllm_omni.entrypoints.watch import Watch
 from vllm_omni.errors import RequestError, StageDeadError
 from vllm_omni.inputs.data import OmniPromptType, OmniSamplingParams
 from vllm_omni.logger import init_logger
+from vllm_omni.model_executor.voices import check_speaker, voices_of
 from vllm_omni.outputs import OmniRequestOutput, Preview
 from vllm_omni.process import WatchedProcess
 from vllm_omni.request import Deadline, OmniRequest, check_prompt
@@ -58,6 +62,8 @@ class AsyncOmni:
         _log_devices(pipeline)
         self._graph = StageGraph.from_config(pipeline)
         self._defaults = default_params(pipeline)
+        self._text = text_stages(pipeline)
+        self._reads_on_vllm = runs_on_vllm(pipeline.stages[0])
         self._arena = Arena()
         codec = Codec(self._arena, args.shm_threshold_bytes)
         tracing = open_tracing(args.trace, args.otlp_traces_endpoint, args.collect_detailed_traces)
@@ -86,6 +92,8 @@ class AsyncOmni:
         on_progress: Callable[[int, int, int], None] | None = None,
         on_preview: Callable[[int, Preview], None] | None = None,
         trace_headers: Mapping[str, str] | None = None,
+        lora_request: Any = None,
+        priority: int = 0,
     ) -> AsyncGenerator[OmniRequestOutput, None]:
         """Run one request; yields the outputs of the final stages as they come.
 
@@ -95,13 +103,16 @@ class AsyncOmni:
         Args:
             prompt: text, or a dictionary (``OmniTextPrompt``, ``OmniTokensPrompt``).
             request_id: the caller's id; default: a fresh one.
-            sampling_params_list: one set for all stages of its class, or a list with one per stage.
+            sampling_params_list: one set, or a list with one per stage. One set is for all stages of its class; vLLM's
+                ``SamplingParams`` are for the stage that reads the prompt and writes text.
             sampling_params: the same, by another name.
             output_modalities: kinds of output wanted; stages that these do not need are not run. Default: all.
             timeout: seconds for the whole request.
             on_progress: called with stage id, steps done and steps in all after every step; must not block.
             on_preview: called with stage id and preview, when the sampling parameters ask for previews; must not block.
             trace_headers: ``traceparent`` and ``tracestate`` of the trace that the request's spans belong to.
+            lora_request: adapter for the stage that reads the prompt (vLLM's ``LoRARequest``).
+            priority: of that stage, when its ``scheduling_policy`` is ``priority``; smaller numbers run first.
 
         Raises:
             RequestError: the prompt or a parameter is wrong.
@@ -110,7 +121,9 @@ class AsyncOmni:
             StageError: a stage failed on it; ``StageDeadError`` when the stage is gone.
         """
         name, params = _sort_arguments(request_id, sampling_params_list, sampling_params)
-        request = self.make_request(prompt, name, params, None, output_modalities, timeout, trace_headers)
+        request = self.make_request(
+            prompt, name, params, None, output_modalities, timeout, trace_headers, lora_request, priority
+        )
         check_previews(request.sampling_params, on_preview)
         await self.attach()
         stream = AsyncSink(on_progress, on_preview)
@@ -130,16 +143,21 @@ class AsyncOmni:
         output_modalities: Sequence[str] | None = None,
         timeout: float | None = None,
         trace_headers: Mapping[str, str] | None = None,
+        lora_request: Any = None,
+        priority: int = 0,
     ) -> OmniRequest:
         """Check one request; raises ``RequestError``."""
         check_prompt(prompt)
+        check_speaker(prompt, self.voices)
+        options, loose = entry_options(prompt, lora_request, priority, loose, self._reads_on_vllm)
         return OmniRequest(
             request_id or uuid.uuid4().hex,
             prompt,
-            params_for(self._defaults, params, loose),
+            params_for(self._defaults, params, loose, self._text),
             output_modalities,
             Deadline.after(timeout) if timeout is not None else None,
             trace_headers=trace_headers,
+            options=options,
         )
 
     def build(
@@ -187,6 +205,15 @@ class AsyncOmni:
     def checkpoint_config(self) -> Any | None:
         """What transformers reads of the checkpoint that several stages are parts of; None for other models."""
         return self._graph.roots[0].config
+
+    @functools.cached_property
+    def voices(self) -> tuple[str, ...]:
+        """Names of the voices that the model can answer with; none for a model that does not speak."""
+        config, stages = self.checkpoint_config, self.pipeline.stages
+        if config is None or not any(stage.final_output and stage.final_output_type == "audio" for stage in stages):
+            return ()
+        args = stages[0].engine_args
+        return voices_of(config, str(args["model"]), args.get("revision"))
 
     @property
     def num_stages(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_omni.entrypoints.async_omni import AsyncOmni, SamplingParamsArg
 from vllm_omni.entrypoints.loop_thread import LoopThread
-from vllm_omni.entrypoints.params import check_previews, whole_answers, with_negative
+from vllm_omni.entrypoints.params import check_previews, each, whole_answers, with_negative
 from vllm_omni.entrypoints.progress import Progress
 from vllm_omni.entrypoints.results import join
 from vllm_omni.entrypoints.sinks import EventQueue, QueueSink
@@ -49,6 +49,8 @@ class Omni:
         output_modalities: Sequence[str] | None = None,
         timeout: float | None = None,
         on_preview: Callable[[int, int, Preview], None] | None = None,
+        lora_request: Any = None,
+        priority: int | Sequence[int] = 0,
         **loose: Any,
     ) -> list[OmniRequestOutput] | Generator[OmniRequestOutput, None, None]:
         """Run prompts; all at once, the stages batch them.
@@ -58,7 +60,7 @@ class Omni:
 
         Args:
             prompts: one prompt or several (a list, or anything else that can be iterated).
-            sampling_params_list: one set for all stages of its class, or one per stage; or ``sampling_params=``.
+            sampling_params_list: one set, or one per stage (see ``AsyncOmni.generate``); or ``sampling_params=``.
             py_generator: return a generator that yields outputs in the order in which they are made, pieces of text
                 and sound included, instead of a list with one output a prompt and final stage.
             use_tqdm: show a progress bar: of steps for one prompt, of prompts for several; or a function to make one.
@@ -66,6 +68,8 @@ class Omni:
             output_modalities: kinds of output wanted, such as ``["text"]``. Default: all that the model makes.
             timeout: seconds for the whole call.
             on_preview: called with index of the prompt, stage id and preview (sampling parameter ``num_previews``).
+            lora_request: adapter, one for all prompts or a list with one (or None) each.
+            priority: one for all prompts, or a list (see ``AsyncOmni.generate``).
             **loose: fields of ``OmniDiffusionSamplingParams`` (``height=512``), set over the sampling parameters.
 
         Raises ``RequestError`` (bad input), ``DeadlineError`` (``timeout`` is over), ``StageError`` (a stage failed;
@@ -77,9 +81,10 @@ class Omni:
             )
         many = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, _ONE) else [prompts]
         params = sampling_params if sampling_params is not None else sampling_params_list
+        adapters, priorities = each(lora_request, len(many), "lora_request"), each(priority, len(many), "priority")
         requests: list[OmniRequest | OmniError] = [
-            self._request(prompt, index, params, loose, output_modalities, timeout)
-            for index, prompt in enumerate(with_negative(many, negative_prompts))
+            self._request(prompt, i, params, loose, output_modalities, timeout, None, adapters[i], priorities[i])
+            for i, prompt in enumerate(with_negative(many, negative_prompts))
         ]
         if not py_generator:
             requests = [_whole(request) for request in requests]
@@ -89,14 +94,7 @@ class Omni:
         run = self._outputs(requests, Progress(use_tqdm, len(many)), on_preview)
         if py_generator:
             return (output for _, output in run)
-        ordered: list[list[OmniRequestOutput]] = [[] for _ in many]
-        try:
-            for index, output in run:
-                ordered[index].append(output)
-        except OmniError as error:
-            error.outputs = [output for outputs in ordered for output in join(outputs)]
-            raise
-        return [o for outputs in ordered for o in sorted(join(outputs), key=lambda output: output.stage_id or 0)]
+        return _collected(run, len(many))
 
     def _request(self, prompt: Any, index: int, params: Any, *rest: Any) -> OmniRequest | OmniError:
         try:
@@ -203,6 +201,18 @@ class Omni:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _collected(run: Iterable[tuple[int, OmniRequestOutput]], count: int) -> list[OmniRequestOutput]:
+    """What ``run`` gives, in the order of the ``count`` prompts and of the stages; its error holds the rest."""
+    ordered: list[list[OmniRequestOutput]] = [[] for _ in range(count)]
+    try:
+        for index, output in run:
+            ordered[index].append(output)
+    except OmniError as error:
+        error.outputs = [output for outputs in ordered for output in join(outputs)]
+        raise
+    return [o for outputs in ordered for o in sorted(join(outputs), key=lambda output: output.stage_id or 0)]
 
 
 def _whole(request: OmniRequest | OmniError) -> OmniRequest | OmniError:

@@ -127,7 +127,7 @@ class Orchestrator:
         try:
             for node in self._graph.roots:
                 if node.stage_id in needed:
-                    self._send(flow, node.stage_id, request.prompt, last=True)
+                    self._send(flow, node.stage_id, request.entry, last=True)
         except OmniError as error:
             self._forget(flow, error)
             raise

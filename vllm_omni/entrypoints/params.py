@@ -3,7 +3,7 @@ arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -38,17 +38,33 @@ def _default(stage: StageConfig) -> OmniSamplingParams:
         ) from error
 
 
+def text_stages(pipeline: PipelineConfig) -> frozenset[int]:
+    """The stages that one set of vLLM's parameters is meant for, of a graph with several stages on vLLM: what reads the
+    prompt and writes the text. A talker has its own defaults: 64 tokens are a text, but not the speech of one."""
+    on_vllm = [stage for stage in pipeline.stages if stage.stage_type == "ar"]
+    chosen = [stage for stage in on_vllm if stage.is_comprehension]
+    if not chosen:
+        chosen = [stage for stage in on_vllm if stage.final_output and stage.final_output_type == "text"]
+    return frozenset(stage.stage_id for stage in chosen)
+
+
 def params_for(
     defaults: Mapping[int, OmniSamplingParams],
     given: OmniSamplingParams | Sequence[OmniSamplingParams] | None,
     loose: Mapping[str, Any] | None = None,
+    text: Collection[int] = (),
 ) -> dict[int, OmniSamplingParams]:
     """Parameters of every stage for one request.
 
+    What ends a stage's output is the model's: ``stop_token_ids`` of a stage's defaults are added to those that are
+    given, unless these have ``ignore_eos``.
+
     Args:
         defaults: each stage's own.
-        given: one object replaces the defaults of every stage that has the same class; a list has one per stage.
+        given: one object replaces the defaults of every stage that has the same class (vLLM's: of the ``text`` stages,
+            where there are any); a list has one per stage.
         loose: fields of ``OmniDiffusionSamplingParams`` that are set over that in every diffusion stage.
+        text: ``text_stages`` of the graph.
 
     Raises:
         RequestError: a list of the wrong length, a wrong class, an unknown or bad field.
@@ -66,7 +82,7 @@ def params_for(
                     f"{type(default).__name__}",
                     field="sampling_params_list",
                 )
-            out[stage_id] = params
+            out[stage_id] = _with_ends(default, params)
     elif given is not None:
         same = [stage_id for stage_id, default in defaults.items() if type(default) is type(given)]
         if not same:
@@ -74,13 +90,27 @@ def params_for(
             raise RequestError(
                 f"sampling params are {type(given).__name__}; expected {' or '.join(allowed)}", field="sampling_params"
             )
-        out.update(dict.fromkeys(same, given))
+        if not isinstance(given, OmniDiffusionSamplingParams):
+            same = [stage_id for stage_id in same if stage_id in text] or same
+        out.update({stage_id: _with_ends(defaults[stage_id], given) for stage_id in same})
     if loose:
         _fold(out, loose)
     for params in out.values():
         if isinstance(params, OmniDiffusionSamplingParams):
             params.validate()
     return out
+
+
+def _with_ends(default: Any, given: Any) -> OmniSamplingParams:
+    """``given`` with the tokens that end the stage's output."""
+    if isinstance(given, OmniDiffusionSamplingParams) or given is default:
+        return given
+    missing = set(default.stop_token_ids or ()).difference(given.stop_token_ids or ())
+    if given.ignore_eos or not missing:
+        return given
+    import msgspec
+
+    return msgspec.structs.replace(given.clone(), stop_token_ids=[*(given.stop_token_ids or ()), *sorted(missing)])
 
 
 def check_previews(params: Mapping[int, OmniSamplingParams], on_preview: Callable[..., None] | None) -> None:
@@ -119,6 +149,19 @@ def _fold(out: dict[int, OmniSamplingParams], loose: Mapping[str, Any]) -> None:
     if not folded:
         name = next(iter(loose))
         raise RequestError(f"{name}: no stage takes it, there is no diffusion stage{nearest(name, known)}", field=name)
+
+
+def each(given: Any, count: int, name: str) -> list[Any]:
+    """``given`` for each of ``count`` prompts: a list with one each, or one for all.
+
+    Raises:
+        RequestError: a list of another length.
+    """
+    if not isinstance(given, (list, tuple)):
+        return [given] * count
+    if len(given) != count:
+        raise RequestError(f"{len(given)} of {name} for {count} prompts", field=name)
+    return list(given)
 
 
 def with_negative(prompts: Sequence[Any], negative: str | Sequence[str | None] | None) -> Iterator[Any]:

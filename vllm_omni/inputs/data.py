@@ -30,6 +30,10 @@ class OmniTextPrompt(TypedDict):
     """Arguments of the media processor of autoregressive stages."""
     additional_information: NotRequired[Mapping[str, Any]]
     """Named tensors and plain values for the model, as made by an earlier stage."""
+    lora_request: NotRequired[Any]
+    """vLLM's ``LoRARequest``: the adapter to use (autoregressive stages)."""
+    priority: NotRequired[int]
+    """Order among the requests of a stage whose ``scheduling_policy`` is ``priority``: smaller numbers first."""
 
 
 class OmniTokensPrompt(TypedDict):
@@ -38,6 +42,8 @@ class OmniTokensPrompt(TypedDict):
     prompt_token_ids: list[int]
     multi_modal_data: NotRequired[Mapping[str, Any]]
     additional_information: NotRequired[Mapping[str, Any]]
+    lora_request: NotRequired[Any]
+    priority: NotRequired[int]
 
 
 class OmniEnginePrompt(TypedDict):

@@ -8,8 +8,8 @@ Four methods of vLLM's V1 runner are extended, none is copied::
     sample_tokens    calls the model's step hook and attaches hidden states and its outputs
 
 Hidden states leave under ``hidden.<layer>`` with ``start``, the position of their first row: the whole prompt with the
-first token, one row with each further one; models with mrope send the rows' ``positions`` as well. Step outputs leave
-under the model's own names with ``step``.
+first token, one row with each further one; models with mrope send the ``positions`` of the prompt as well. Step outputs
+leave under the model's own names with ``step``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from vllm_omni.worker.model_runner import OmniGPUModelRunner
 FINAL = -1
 EMBEDDINGS = 0
 POSITIONS = "positions"
-"""Name under which the rotary positions [n, 3] of the same rows travel, for models with mrope."""
+"""Name under which the rotary positions [n, 3] of the prompt's rows travel, for models with mrope."""
 
 
 def layer_name(layer: int) -> str:
@@ -204,7 +204,7 @@ class GPUARModelRunner(OmniGPUModelRunner):
                 layers[layer_name(layer)] = states[: rows[-1].end]
             else:
                 layers[layer_name(layer)] = torch.cat([states[row.begin : row.end] for row in chosen])
-        if self.uses_mrope:
+        if self.uses_mrope and any(row.pos < row.state.prompt_len for row in chosen):
             at_N3 = self.mrope_positions.gpu[:, : rows[-1].end].T
             layers[POSITIONS] = torch.cat([at_N3[row.begin : row.end] for row in chosen])
         return chosen, layers

@@ -1,0 +1,101 @@
+"""What is decided about a request before any stage sees it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
+
+from vllm_omni.config.stage import load_stage_configs
+from vllm_omni.entrypoints.entry import entry_options
+from vllm_omni.entrypoints.omni_args import STAGE_CONFIGS
+from vllm_omni.entrypoints.params import default_params, each, params_for, text_stages
+from vllm_omni.errors import RequestError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.model_executor.voices import check_speaker, voices_of
+from vllm_omni.request import OmniRequest
+
+PIPELINE = load_stage_configs(STAGE_CONFIGS / "qwen3_omni_moe.yaml")
+DEFAULTS = default_params(PIPELINE)
+TEXT = text_stages(PIPELINE)
+END = 2150
+ADAPTER = LoRARequest("a", 1, "/somewhere")
+
+
+def test_one_set_is_for_the_stage_that_reads_and_writes_text() -> None:
+    """The talker keeps what makes it speak to its end."""
+    given = SamplingParams(temperature=0.0, max_tokens=5)
+    params = params_for(DEFAULTS, given, text=TEXT)
+    assert params[0] is given
+    assert params[1] is DEFAULTS[1]
+    assert params[2] is DEFAULTS[2]
+
+
+def test_without_a_text_stage_one_set_is_for_all_of_its_class() -> None:
+    given = SamplingParams(max_tokens=5)
+    assert params_for(DEFAULTS, given) == {0: given, 1: params_for(DEFAULTS, given)[1], 2: given}
+    picture = OmniDiffusionSamplingParams(height=64)
+    assert params_for({0: OmniDiffusionSamplingParams(), 1: DEFAULTS[0]}, picture, text=[1])[0] is picture
+
+
+def test_what_ends_a_stage_s_output_is_never_dropped() -> None:
+    talker = SamplingParams(temperature=0.9, max_tokens=4096, stop_token_ids=[7])
+    params = params_for(DEFAULTS, [DEFAULTS[0], talker, DEFAULTS[2]], text=TEXT)
+    assert params[1].stop_token_ids == [7, END]
+    assert params[1].all_stop_token_ids == {7, END}
+    assert params[1].temperature == 0.9
+    assert talker.stop_token_ids == [7]
+    assert talker.all_stop_token_ids == {7}
+    longer = SamplingParams(max_tokens=10, ignore_eos=True)
+    assert params_for(DEFAULTS, [DEFAULTS[0], longer, DEFAULTS[2]])[1] is longer
+
+
+def test_options_go_to_the_stage_that_reads_the_prompt() -> None:
+    options, loose = entry_options("hi", ADAPTER, 3, None, True)
+    assert (options, loose) == ({"lora_request": ADAPTER, "priority": 3}, {})
+    request = OmniRequest("r", "hi", {}, options=options)
+    assert request.entry == {"prompt": "hi", "lora_request": ADAPTER, "priority": 3}
+    assert request.prompt == "hi"
+    request = OmniRequest("r", {"prompt_token_ids": [1]}, {}, options={"priority": 1})
+    assert request.entry == {"prompt_token_ids": [1], "priority": 1}
+    assert entry_options({"prompt": "hi", "lora_request": ADAPTER}, None, 0, None, True) == ({}, {})
+    assert entry_options("a cup", ADAPTER, 0, {"height": 64}, False) == ({}, {"height": 64, "lora_request": ADAPTER})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "adapter", "priority", "on_vllm", "words"),
+    [
+        ({"prompt": "hi", "lora_request": ADAPTER}, ADAPTER, 0, True, "lora_request given twice"),
+        ({"prompt": "hi", "priority": 1}, None, 2, True, "priority given twice"),
+        ({"prompt": "hi", "lora_request": ADAPTER}, None, 0, False, "as a sampling parameter"),
+        ("hi", None, 2, False, "as they come"),
+    ],
+)
+def test_options_that_nobody_takes(prompt: Any, adapter: Any, priority: int, on_vllm: bool, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        entry_options(prompt, adapter, priority, None, on_vllm)
+
+
+def test_one_for_all_or_one_each() -> None:
+    assert each(ADAPTER, 2, "lora_request") == [ADAPTER, ADAPTER]
+    assert each([ADAPTER, None], 2, "lora_request") == [ADAPTER, None]
+    with pytest.raises(RequestError, match="1 of priority for 2 prompts"):
+        each([1], 2, "priority")
+
+
+def test_voices() -> None:
+    talker = SimpleNamespace(speaker_id={"chelsie": 1, "ethan": 2})
+    voices = voices_of(SimpleNamespace(model_type="qwen3_omni_moe", talker_config=talker), "somewhere")
+    assert voices == ("chelsie", "ethan")
+    assert voices_of(SimpleNamespace(model_type="llama"), "somewhere") == ()
+    for fine in ("hi", {"prompt": "hi"}, {"additional_information": {"speaker": "Ethan"}}):
+        check_speaker(fine, voices)
+    check_speaker({"additional_information": {"speaker": "anybody"}}, ())
+    for wrong in ("nobody", 3):
+        with pytest.raises(RequestError, match="the voices are chelsie, ethan") as caught:
+            check_speaker({"additional_information": {"speaker": wrong}}, voices)
+        assert caught.value.details["field"] == "speaker"
+        assert caught.value.details["allowed"] == ["chelsie", "ethan"]
