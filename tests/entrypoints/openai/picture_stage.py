@@ -1,7 +1,7 @@
 """A no-op stage that draws: one colour, of the size asked for. Words in the prompt tell it what to do.
 
-``hang`` never answers, ``steps`` reports three steps first, ``kill`` ends the process, ``fail`` fails the request,
-``slow`` takes a quarter of a second.
+``noise`` draws what cannot be compressed, ``hang`` never answers, ``steps`` reports three steps first, ``kill`` ends the
+process, ``fail`` fails the request, ``slow`` takes a quarter of a second.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class PictureStage(NoopStage):
             events += [StageProgress(request.request_id, step, 3) for step in (1, 2, 3)]
         colour = (len(words), len(prompt.get("negative_prompt", "")), params.seed or 0)
         image = Image.new("RGB", (params.width or 32, params.height or 16), colour)
+        if "noise" in words:
+            image = Image.frombytes("RGB", image.size, os.urandom(3 * image.width * image.height))
         metrics: dict[str, Any] = {"seed": params.seed, "num_inference_steps": params.num_inference_steps}
         data = {"images": [image] * params.num_outputs_per_prompt, "metrics": metrics}
         return [*events, StageChunk(request.request_id, data)]

@@ -322,7 +322,7 @@ def sampling_facts(pipeline: DiffusionPipeline) -> dict[str, object] | None:
     """The pipeline's ``SamplingDefaults`` as plain values; None for one that has none."""
     if not isinstance(pipeline, DiTPipeline):
         return None
-    facts = asdict(pipeline.defaults)
+    facts = {**asdict(pipeline.defaults), "max_pixels": pipeline.max_pixels}
     return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in facts.items()}
 
 

@@ -36,10 +36,15 @@ class ServeArgs:
     """Seconds that open requests get to finish after SIGTERM."""
     max_body_bytes: int = 64 * 2**20
     """Size of a request's body at most; a larger one is answered with 413."""
+    max_connections: int | None = None
+    """Connections that may be open at once; one more is answered with 503. Default: what the limit of open files
+    (ulimit -n) leaves."""
+    header_timeout: float = 30.0
+    """Seconds that a client may take to send a request's head, from its connection on."""
     body_timeout: float = 30.0
     """Seconds that a client may take to send a request's body."""
     send_timeout: float = 30.0
-    """Seconds that a client may take to read the next part of a streamed answer."""
+    """Seconds that a client may take to read the next part of an answer."""
     max_generated_image_size: int = 2048 * 2048
     """Pixels (width times height) that a request may ask for."""
     max_media_bytes: int = 64 * 2**20
@@ -67,7 +72,12 @@ class ServeArgs:
         for name in ("max_queue", "max_body_bytes", "max_media_bytes", "max_media_pixels"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1", field=name)
-        for name in ("request_timeout", "drain_timeout", "body_timeout", "send_timeout", "max_audio_seconds"):
+        if self.max_connections is not None and self.max_connections < 1:
+            raise ConfigError(f"max_connections={self.max_connections}: must be at least 1", field="max_connections")
+        for name in (
+            *("request_timeout", "drain_timeout", "header_timeout", "body_timeout", "send_timeout"),
+            "max_audio_seconds",
+        ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be above 0", field=name)
         if not 0 <= self.port <= 65535:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import gc
 import signal
 import socket
@@ -12,13 +12,12 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from vllm_omni.entrypoints import omni_args
 from vllm_omni.entrypoints.async_omni import AsyncOmni
-from vllm_omni.entrypoints.joined_writes import JoinedWrites
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.args import ServeArgs
+from vllm_omni.entrypoints.openai.connection import Connection, Limits, limits_of
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.text_args import TextArgs
 from vllm_omni.entrypoints.stage_arguments import runs_on_vllm
@@ -27,13 +26,6 @@ from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
 BACKLOG = 2048
-
-
-class _Protocol(HttpToolsProtocol):
-    """uvicorn's, with an answer's head and body in one packet."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(JoinedWrites(transport, self.loop))
 
 
 class _Server(uvicorn.Server):
@@ -59,9 +51,10 @@ def run_server(args: ServeArgs, text: TextArgs, omni_arguments: Mapping[str, Any
     """
     with _sigterm_raises(), _bound(args) as sock:
         text.check_parsers()
+        limits = limits_of(args)
         omni = AsyncOmni(**with_reasoning(text, omni_arguments))
         try:
-            _serve(args, text, omni, sock)
+            _serve(args, text, omni, sock, limits)
         except SystemExit:
             logger.info("stopped")  # uvicorn raises the signal again when it has drained
         finally:
@@ -96,13 +89,13 @@ def _text(service: Service, args: TextArgs) -> None:
         service.text = Text(service, args)
 
 
-def _serve(args: ServeArgs, text: TextArgs, omni: AsyncOmni, sock: socket.socket) -> None:
+def _serve(args: ServeArgs, text: TextArgs, omni: AsyncOmni, sock: socket.socket, limits: Limits) -> None:
     model = next((str(s.engine_args["model"]) for s in omni.pipeline.stages if "model" in s.engine_args), "model")
     service = Service(omni, args, args.served_model_name or (model,))
     _text(service, text)
     config = uvicorn.Config(
         build_app(service),
-        http=_Protocol,
+        http=functools.partial(Connection, limits=limits),  # type: ignore[arg-type]
         loop="uvloop",
         proxy_headers=args.access_log,
         log_config=None,

@@ -23,7 +23,13 @@ from vllm_omni.diffusion.models.common.components import Component, load_compone
 from vllm_omni.diffusion.models.common.flow_match import FlowSchedule, clean_estimate, euler_step
 from vllm_omni.diffusion.models.common.latents import draw_noise, pack_2x2, unpack_2x2
 from vllm_omni.diffusion.models.common.preview import LatentToColour, crop, preview_steps
-from vllm_omni.diffusion.models.common.sampling import SamplingDefaults, resolve_request, with_overrides
+from vllm_omni.diffusion.models.common.sampling import (
+    MOST_PICTURES,
+    SamplingDefaults,
+    check_pixels,
+    resolve_request,
+    with_overrides,
+)
 from vllm_omni.diffusion.models.common.state import Branches, Conditioning, DenoiseState
 from vllm_omni.diffusion.models.common.transformer import DiTInputs, DiTModel
 from vllm_omni.diffusion.models.common.weights import ComponentSource
@@ -77,6 +83,12 @@ class DiTPipeline(nn.Module, CFGParallelMixin, ABC):
     def combine(self, positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
         """Classifier-free guidance: one prediction of two."""
 
+    @property
+    def max_pixels(self) -> int:
+        """Pixels of one picture at most."""
+        own = MOST_PICTURES * self.defaults.height * self.defaults.width
+        return own if self.od_config.max_pixels is None else self.od_config.max_pixels
+
     @final
     def check(self, req: OmniDiffusionRequest) -> OmniDiffusionRequest:
         """``req`` with defaults filled in and a seed drawn where none is given; touches no device.
@@ -86,6 +98,7 @@ class DiTPipeline(nn.Module, CFGParallelMixin, ABC):
         """
         req = resolve_request(req, self.defaults, type(self).__name__, self.od_config.default_seed)
         params = req.sampling_params
+        check_pixels(params, self.max_pixels)
         rows = len(req.prompts) * params.num_outputs_per_prompt
         if params.latents is not None:
             grid = self._grid(params)

@@ -22,6 +22,8 @@ _OTHER_KINDS = {
     "lora_scale": "adapters are not supported yet",
 }
 _PROMPT_KEYS = ("prompt", "negative_prompt")
+MOST_PICTURES = 16
+"""How many times larger than the model's own size a picture may be, unless the configuration says otherwise."""
 GENERATION_CONFIG = "generation_config.json"
 """File of a checkpoint with sampling defaults of its own, as transformers' models have it."""
 
@@ -196,6 +198,32 @@ def _check_ranges(params: OmniDiffusionSamplingParams, defaults: SamplingDefault
         )
     if params.sigmas is not None and not all(0 < sigma <= 1 for sigma in params.sigmas):
         raise RequestError(f"sigmas={params.sigmas}: each must be above 0 and at most 1", field="sigmas")
+
+
+def check_pixels(params: OmniDiffusionSamplingParams, limit: int) -> None:
+    """Refuse pictures that would hold up the stage, or its memory, for everybody else.
+
+    Raises:
+        RequestError: a picture has more than ``limit`` pixels, or all of a request together four times as many.
+    """
+    assert params.height is not None
+    assert params.width is not None
+    pixels, count = params.height * params.width, params.num_outputs_per_prompt
+    if pixels > limit:
+        raise RequestError(
+            f"{params.width}x{params.height} has {pixels} pixels; a picture may have {limit} (max_pixels)",
+            field="height",
+            value=params.height,
+            allowed=f"{limit} pixels",
+        )
+    if count * pixels > 4 * limit:
+        raise RequestError(
+            f"{count} pictures of {params.width}x{params.height}: a request may have {4 * limit} pixels in all (four "
+            "times max_pixels)",
+            field="num_outputs_per_prompt",
+            value=count,
+            allowed=f"{4 * limit} pixels",
+        )
 
 
 def with_overrides(
