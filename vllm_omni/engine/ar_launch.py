@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -204,9 +205,9 @@ def _start_together(group: list[tuple[ARStageSpec, VllmConfig]], timeout: float)
     try:
         for spec, config in group:
             starting.append(_start(spec, config))
+        _wait_for_all(starting, began, timeout)
         for item in starting:
-            handles.append(_finish(item, began + timeout - time.monotonic(), timeout))
-            logger.info("stage %d ready after %.1f s", item.spec.stage_id, time.monotonic() - began)
+            handles.append(_connect(item))
     except BaseException as error:
         end_ar_stages(handles, grace=0.5)
         for item in starting[len(handles) :]:
@@ -236,10 +237,32 @@ def _start(spec: ARStageSpec, config: VllmConfig) -> _Starting:
     return _Starting(spec, config, runtime, launch, barrier)
 
 
-def _finish(item: _Starting, left: float, timeout: float) -> ARStageHandle:
-    """Wait until the engine is ready, and make the client."""
-    spec, config, launch = item.spec, item.config, item.launch
-    processes = launch.engine_manager.processes
+def _wait_for_all(starting: list[_Starting], began: float, timeout: float) -> None:
+    """Wait until every engine is ready or the first one fails.
+
+    An engine begins to load when its parent answers it, so each has a thread that does.
+    """
+    pool = ThreadPoolExecutor(len(starting), thread_name_prefix="start-stage")
+    waiting = [pool.submit(_wait, item, began, timeout) for item in starting]
+    try:
+        for done in as_completed(waiting):
+            done.result()
+    except BaseException:
+        for item in starting:  # ends the waiting of the others
+            item.launch.engine_manager.shutdown(timeout=0.5)
+        raise
+    finally:
+        pool.shutdown()
+
+
+def _wait(item: _Starting, began: float, timeout: float) -> None:
+    """Wait until one engine is ready.
+
+    Raises:
+        DeadlineError: ``timeout`` is over; the engine was ended.
+        StageDeadError: it ended by itself.
+    """
+    spec, processes = item.spec, item.launch.engine_manager.processes
     late = threading.Event()
 
     def kill() -> None:
@@ -247,19 +270,11 @@ def _finish(item: _Starting, left: float, timeout: float) -> ARStageHandle:
         for process in processes:
             process.kill()
 
-    timer = threading.Timer(max(left, 0.0), kill)
+    timer = threading.Timer(max(began + timeout - time.monotonic(), 0.0), kill)
     timer.start()
     try:
         item.barrier.close()
-        client = AsyncMPClient(
-            config,
-            Executor.get_class(config),
-            False,
-            client_addresses={
-                "input_address": launch.addresses.inputs[0],
-                "output_address": launch.addresses.outputs[0],
-            },
-        )
+        logger.info("stage %d ready after %.1f s", spec.stage_id, time.monotonic() - began)
     except (RuntimeError, TimeoutError) as error:
         if late.is_set():
             raise DeadlineError(
@@ -273,6 +288,14 @@ def _finish(item: _Starting, left: float, timeout: float) -> ARStageHandle:
         ) from error
     finally:
         timer.cancel()
+
+
+def _connect(item: _Starting) -> ARStageHandle:
+    """The client of an engine that is ready."""
+    spec, config, launch = item.spec, item.config, item.launch
+    processes = launch.engine_manager.processes
+    addresses = {"input_address": launch.addresses.inputs[0], "output_address": launch.addresses.outputs[0]}
+    client = AsyncMPClient(config, Executor.get_class(config), False, client_addresses=addresses)
     for process in processes:
         item.runtime.adopt(process.pid)
     client.resources.engine_manager = launch.engine_manager

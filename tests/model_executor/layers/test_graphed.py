@@ -50,10 +50,13 @@ def test_the_code_predictor_as_graphs(dtype: torch.dtype) -> None:
         hidden, first = torch.randn(2, batch, CONFIG.hidden_size, device=device, dtype=dtype).unbind()
         greedy = torch.arange(batch, device=device) % 2 == 0
         inputs = (hidden, first, greedy, predictor.noise(batch, {}, device))
-        padded = tuple(torch.cat([value, value[:1].expand(4 - batch, *value.shape[1:])]) for value in inputs)
-        want = predictor(*(padded if 1 < batch < 4 else inputs))
+        want = predictor(*(_to_four(inputs) if 1 < batch < 4 else inputs))
         got = graphed(*inputs)
         kept.append((got, [value[:batch] for value in want]))
     for got, expected in kept:
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def _to_four(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.cat([value, value[:1].expand(4 - len(value), *value.shape[1:])]) for value in inputs)

@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -81,6 +82,13 @@ class ResizeMLP(nn.Module):
         return self.linear_fc2(nn.functional.silu(self.linear_fc1(x)))
 
 
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": 0, "positions": -1, "intermediate_tensors": 0, "inputs_embeds": 0}
+)
+class _Decoder(Qwen3MoeModel):
+    """vLLM's decoder, compiled for positions of shape [3, n]: its own decoration says [n]."""
+
+
 class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
     """Stage ``talker``: implements ``OmniDecodeEmbedder``, ``OmniPositioner``, ``OmniStepper`` and ``OmniWarmUp``."""
 
@@ -107,7 +115,7 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
         whole = get_config(vllm_config.model_config.model, vllm_config.model_config.trust_remote_code)
         self.config = config
         self.pad_id: int = whole.tts_pad_token_id
-        self.model = Qwen3MoeModel(
+        self.model = _Decoder(
             vllm_config=vllm_config.with_hf_config(text, architectures=["Qwen3MoeForCausalLM"]),
             prefix=maybe_prefix(prefix, "model"),
         )
