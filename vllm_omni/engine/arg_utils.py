@@ -192,9 +192,8 @@ class OmniEngineArgs(EngineArgs):
             raise ConfigError(f"stage {self.stage_id}: {error}", field="engine_args", stage_id=self.stage_id) from error
         if config.use_v2_model_runner:  # which vLLM takes for some settings, whatever the environment says
             raise ConfigError(f"stage {self.stage_id}: omni stages run on vLLM's V1 model runner", field="engine_args")
-        adapters_everywhere = config.lora_config is not None and not self.lora_target_modules
-        if adapters_everywhere and config.model_config.is_moe and current_platform.is_cpu():
-            self._refuse("enable_lora", "vLLM on CPU has none for experts; name others in lora_target_modules")
+        if config.lora_config is not None and config.model_config.is_moe and current_platform.is_cpu():
+            self._refuse("enable_lora", "vLLM's experts beside adapters need a GPU")
         if self.stage_type == "generation":
             name = "omni_generation_scheduler.OmniGenerationScheduler"
         elif config.scheduler_config.async_scheduling:
