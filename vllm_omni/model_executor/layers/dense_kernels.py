@@ -17,8 +17,8 @@ from triton.errors import TritonError
 from vllm_omni.model_executor.layers.dense import DenseLayer, DenseSpec, rope_table
 
 Rope = tuple[torch.Tensor, ...]
-MAX_ROWS = 128
-"""Rows that a product takes; more of them are bound by arithmetic, where PyTorch's products are faster."""
+PROGRAMS = 128
+"""Programs of a product."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -36,16 +36,19 @@ def _product(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    OWN: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = x @ w.T of a block of columns. NORM: of rms-normalised x. GATED: silu(first half) * second half."""
-    m = tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    """out = x @ w.T of OWN columns. NORM: of rms-normalised x. GATED: silu(first half) * second half."""
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    column = tl.arange(0, BN)
+    n = tl.program_id(0) * OWN + column
     k = tl.arange(0, BK)
     live = m < rows
+    own = (column < OWN)[:, None]
     x_at = x_ptr + m[:, None] * row_step + k[None, :]
     w_at = w_ptr + n[:, None] * K + k[None, :]
     acc = tl.zeros((BM, BN), dtype=tl.float32)
@@ -57,9 +60,10 @@ def _product(
             x32 = x.to(tl.float32)
             squares += tl.sum(x32 * x32, axis=1)
             x = (x32 * tl.load(norm_ptr + start + k).to(tl.float32)[None, :]).to(x.dtype)
-        acc = tl.dot(x, tl.trans(tl.load(w_at + start)), acc, input_precision=PRECISION)
+        acc = tl.dot(x, tl.trans(tl.load(w_at + start, mask=own, other=0.0)), acc, input_precision=PRECISION)
         if GATED:
-            up = tl.dot(x, tl.trans(tl.load(w_at + N * K + start)), up, input_precision=PRECISION)
+            second = tl.load(w_at + N * K + start, mask=own, other=0.0)
+            up = tl.dot(x, tl.trans(second), up, input_precision=PRECISION)
     if NORM:
         scale = tl.rsqrt(squares / K + eps)[:, None]
         acc = acc * scale
@@ -67,9 +71,10 @@ def _product(
     if GATED:
         acc = acc / (1.0 + tl.exp(-acc)) * up
     at = m[:, None] * N + n[None, :]
+    inside = live[:, None] & (column < OWN)[None, :]
     if RESIDUAL:
-        acc += tl.load(res_ptr + m[:, None] * N + n[None, :], mask=live[:, None], other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=live[:, None])
+        acc += tl.load(res_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -221,11 +226,13 @@ def product(
     """
     rows, size = x.shape
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
-    block_m = max(16, triton.next_power_of_2(rows))
-    block_n = 32 if columns % 32 == 0 and columns >= 32 * 96 and not gated else 16
-    block_k = next(b for b in (256, 128, 64, 32, 16) if size % b == 0 and b * max(block_m, 2 * block_n) <= 16384)
+    block_m = 16 if rows <= 16 else 32
+    # As many programs as the GPU has processors, about: each owns the columns that make it so.
+    own = columns // PROGRAMS if columns % PROGRAMS == 0 and 8 <= columns // PROGRAMS <= 32 else 16
+    block_n = max(16, triton.next_power_of_2(own))
+    block_k = next(b for b in (256, 128, 64, 32, 16) if size % b == 0)
     out = torch.empty(rows, columns, device=x.device, dtype=x.dtype)
-    _product[(columns // block_n,)](
+    _product[(columns // own, triton.cdiv(rows, block_m))](
         x,
         weight,
         x if norm is None else norm,
@@ -239,12 +246,13 @@ def product(
         BM=block_m,
         BN=block_n,
         BK=block_k,
+        OWN=own,
         NORM=norm is not None,
         GATED=gated,
         RESIDUAL=residual is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=4,
-        num_stages=4 if x.dtype != torch.float32 and block_m <= 32 else 2,
+        num_stages=2 if x.dtype == torch.float32 else 4,
     )
     return out
 

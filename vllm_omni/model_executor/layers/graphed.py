@@ -88,13 +88,14 @@ class GraphedGrid:
     def capture(self, sizes: Sequence[tuple[int, int]], example: torch.Tensor) -> None:
         """Capture a graph for each (batch, length); of ``example`` [1, 1, ...] the other sizes and the type count.
 
-        Convolutions try their algorithms in the run before the capture: shapes are fixed from here on.
+        For a batch of one, convolutions try their algorithms in the run before the capture: shapes are fixed from here
+        on, and the libraries' first guess for short windows is a slow one. It takes a tenth of a second a convolution.
         """
         pool = None
         for batch, length in sorted(sizes, key=lambda size: size[0] * size[1], reverse=True):
             given = example.expand(batch, length, *example.shape[2:]).clone()
             with torch.backends.cudnn.flags(
-                enabled=True, benchmark=True, deterministic=False, allow_tf32=torch.backends.cudnn.allow_tf32
+                enabled=True, benchmark=batch == 1, deterministic=False, allow_tf32=torch.backends.cudnn.allow_tf32
             ):
                 graph, output = record(functools.partial(self._function, given), pool)
             pool = graph.pool()

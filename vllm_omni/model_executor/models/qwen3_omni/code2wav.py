@@ -23,7 +23,7 @@ SAMPLE_RATE = 24000
 FIRST_FRAMES = 4
 STEADY_FRAMES = 25
 """New frames in the windows of a running stream, as the stage configurations have them."""
-GRAPHED_BATCH = 16
+GRAPHED_BATCH = 8
 """More windows than this in one run are bound by arithmetic, not by launches."""
 
 
