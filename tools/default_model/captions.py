@@ -100,7 +100,8 @@ def _ground_phrase(ground: Ground, rng: random.Random) -> str:
         return f" {lead} {article(first)} background"
     if ground.pattern == "gradient":
         return f" on a background fading from {first} to {second}"
-    pair = f"{first} and {second}" if rng.random() < 0.5 else f"{second} and {first}"
+    pair = f"{first} and {second}"  # in the order of the picture, so that the words say which colour comes first
+    rng.random()  # the order was drawn here once; every seed shall give the scenes that it gave then
     if ground.pattern == "striped":
         return rng.choice((f" on a striped {pair} background", f" on {pair} stripes"))
     return rng.choice((f" on a {pair} checkerboard", f" on a {pair} checkerboard background"))

@@ -56,11 +56,25 @@ TRAINING_MIX = {
 }
 """Share of each kind of picture in training: more of what is hard than the world has."""
 
+DETAIL_MIX = {
+    "single": 0.04,
+    "position": 0.04,
+    "texture": 0.30,
+    "count": 0.10,
+    "inside": 0.16,
+    "between": 0.10,
+    "things": 0.16,
+    "text": 0.10,
+}
+"""The same for the autoencoder, to which only small shapes and fine textures are hard."""
 
-def make_shard(seed: int, number: int, canvas: tuple[int, int], tokenizer: Path) -> Shard:
+
+def make_shard(
+    seed: int, number: int, canvas: tuple[int, int], tokenizer: Path, mix: dict[str, float] = TRAINING_MIX
+) -> Shard:
     """Draw training scenes; the same seed gives the same shard."""
     rng = random.Random(seed)
-    kinds = rng.choices(tuple(TRAINING_MIX), tuple(TRAINING_MIX.values()), k=number)
+    kinds = rng.choices(tuple(mix), tuple(mix.values()), k=number)
     scenes = [sample(rng, "train", *canvas, category=kind) for kind in kinds]
     ids, counts = Encoder(tokenizer)([scene.caption for scene in scenes], WORDS)
     return Shard(
@@ -74,13 +88,14 @@ def make_shard(seed: int, number: int, canvas: tuple[int, int], tokenizer: Path)
 class ShardSource:
     """Makes shards ahead in other processes. Close it, or use it as a context."""
 
-    def __init__(self, seed: int, tokenizer: Path, workers: int) -> None:
+    def __init__(self, seed: int, tokenizer: Path, workers: int, mix: dict[str, float] = TRAINING_MIX) -> None:
         # forked, so that the processes need not import the training code again; open this before CUDA starts
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
         context = multiprocessing.get_context("fork")
         self._executor = ProcessPoolExecutor(max_workers=workers, mp_context=context)
         self._tokenizer = tokenizer
         self._seed = seed
+        self._mix = mix
         self._pending: dict[tuple[int, int], list[Future[Shard]]] = {canvas: [] for canvas in FORMATS}
 
     def __enter__(self) -> ShardSource:
@@ -94,7 +109,7 @@ class ShardSource:
         for start in range(0, number, shard):
             self._seed += 1
             size = min(shard, number - start)
-            task = self._executor.submit(make_shard, self._seed, size, canvas, self._tokenizer)
+            task = self._executor.submit(make_shard, self._seed, size, canvas, self._tokenizer, self._mix)
             self._pending[canvas].append(task)
 
     def shards(self, canvas: tuple[int, int]) -> Iterator[Shard]:

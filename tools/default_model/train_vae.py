@@ -18,7 +18,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tools.default_model.data import SHARD, TOKENIZER, ShardSource, pictures
+from tools.default_model.data import DETAIL_MIX, SHARD, TOKENIZER, ShardSource, pictures
 from tools.default_model.models import LAYOUTS, make_vae
 from tools.default_model.optimiser import Clock
 from tools.default_model.shapes import draw
@@ -269,7 +269,7 @@ def main() -> None:
     recipe = VaeRecipe(
         args.seconds, args.batch, args.muon_lr, args.adam_lr, args.graphs, begun + args.until - time.time()
     )
-    with ShardSource(2000003 * (args.seed + 1), TOKENIZER, args.workers) as source:
+    with ShardSource(2000003 * (args.seed + 1), TOKENIZER, args.workers, DETAIL_MIX) as source:
         source.order(FORMATS[0], args.samples, min(SHARD, max(args.samples // args.workers, 1)))
         vae = AutoencoderKLQwenImage.from_pretrained(args.start) if args.start else make_vae(LAYOUTS[args.layout])
         vae = train_vae(vae.float(), source, recipe, args.device, Loss(decoder_only=args.decoder_only))
