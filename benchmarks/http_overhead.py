@@ -12,8 +12,10 @@ Contenders, one server process each, measured in turn in every round so that wha
 - ``asgi``: uvicorn with the smallest application, which returns an answer of the same size;
 - ``fastapi``: uvicorn with FastAPI, which checks the same body and returns the same answer.
 
-The client is that of ``vllm-omni bench serve``; its rate against ``asgi`` shows what it could do. A round's figures are
-medians of its requests; the table has the best and the median round. CPU time is that of the contender's processes.
+The client is that of ``vllm-omni bench serve``; its rate against ``asgi`` shows what it could do, and ``aiohttp`` and
+``httpx`` what these clients do against the same server. A round's figures are medians of its requests; the table has
+the best and the median round. CPU time is that of the contender's processes; of ``aiohttp`` and ``httpx`` the client's
+own.
 """
 
 import argparse
@@ -105,6 +107,27 @@ def over_http(client: HttpClient) -> Ask:
     return ask
 
 
+def with_aiohttp(session: Any, url: str) -> Ask:
+    """The same request with aiohttp, which vLLM brings along."""
+    headers = {"content-type": "application/json"}
+
+    async def ask() -> None:
+        async with session.post(url, data=BODY, headers=headers) as answer:
+            await answer.read()
+
+    return ask
+
+
+def with_httpx(client: Any, url: str) -> Ask:
+    """The same request with httpx."""
+    headers = {"content-type": "application/json"}
+
+    async def ask() -> None:
+        await client.post(url, content=BODY, headers=headers)
+
+    return ask
+
+
 def in_process(omni: Any) -> Ask:
     """The same request without HTTP."""
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
@@ -189,6 +212,9 @@ def own_processes(pid: int) -> list[psutil.Process]:
 
 async def measure(count: int, repeats: int, concurrencies: list[int]) -> dict[str, Any]:
     """All contenders, interleaved."""
+    import aiohttp
+    import httpx
+
     from tests.entrypoints.openai.server import picture_stages
     from vllm_omni.entrypoints.async_omni import AsyncOmni
 
@@ -201,8 +227,17 @@ async def measure(count: int, repeats: int, concurrencies: list[int]) -> dict[st
         for name, (arguments, marker) in commands.items():
             pid, port = stack.enter_context(child(arguments, marker))
             contenders[name] = Contender(over_http(HttpClient(f"http://127.0.0.1:{port}")), own_processes(pid))
+            if name == "asgi":
+                url = f"http://127.0.0.1:{port}{PATH}"
         before = psutil.Process().children()
-        async with AsyncOmni("x", stage_configs_path=path) as omni:
+        limits = httpx.Limits(max_connections=None)
+        async with (
+            AsyncOmni("x", stage_configs_path=path) as omni,
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
+            httpx.AsyncClient(limits=limits, trust_env=False) as client,
+        ):
+            contenders["aiohttp"] = Contender(with_aiohttp(session, url), [psutil.Process()])
+            contenders["httpx"] = Contender(with_httpx(client, url), [psutil.Process()])
             stages = [process for process in psutil.Process().children() if process not in before]
             mine = [psutil.Process(), *stages]
             contenders["in process"] = Contender(in_process(omni), mine)
@@ -247,6 +282,8 @@ def compared(rows: dict[str, Any], concurrencies: list[int]) -> dict[str, Any]:
             "of_fastapi_per_s": server[last]["per_s"] / fastapi["per_s"],
             "of_asgi_per_s": server[last]["per_s"] / asgi["per_s"],
             "client_against_asgi_over_server": asgi["per_s"] / server[last]["per_s"],
+            "client_over_aiohttp": asgi["per_s"] / rows["aiohttp"][last][kind]["per_s"],
+            "client_over_httpx": asgi["per_s"] / rows["httpx"][last][kind]["per_s"],
         }
     return out
 

@@ -40,7 +40,7 @@ def server(max_queue: int, steps: int) -> Iterator[str]:
     """The model of the package behind HTTP; its address."""
     defaults = json.dumps({"0": {"num_inference_steps": steps}})
     command = [sys.executable, "-m", "vllm_omni", "serve", "--port", "0", "--max-queue", str(max_queue)]
-    command += ["--default-sampling-params", defaults, "--max-num-seqs", str(BATCH)]
+    command += ["--served-model-name", "default", "--default-sampling-params", defaults, "--max-num-seqs", str(BATCH)]
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     try:
