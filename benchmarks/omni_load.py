@@ -24,6 +24,12 @@ class Shape:
     frames: int
     """Codec frames of the speech; 0 for text alone."""
 
+    @classmethod
+    def parse(cls, text: str) -> tuple[Shape, list[int]]:
+        """``prompt/text/frames``, and after an ``@`` the numbers of clients that differ from the others'."""
+        lengths, _, clients = text.partition("@")
+        return cls(*map(int, lengths.split("/"))), [int(count) for count in clients.split(",") if count]
+
     @property
     def name(self) -> str:
         """Key in the results."""

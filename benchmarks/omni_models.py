@@ -81,18 +81,20 @@ def thinker_args(name: str, tiny: bool, kv_gib: float | None = None) -> dict[str
         "dtype": "bfloat16",
         "max_model_len": MAX_LEN,
         "max_num_batched_tokens": MAX_LEN,
-        "max_num_seqs": 64,
+        "max_num_seqs": 32,
         "kv_cache_memory_bytes": int((kv_gib or FAMILIES[name].kv_gib[0]) * GIB),
-        "gpu_memory_utilization": 0.4,
+        "gpu_memory_utilization": 0.1,  # vLLM wants that much to be free; the KV cache has its own size
         "skip_mm_profiling": True,
-        "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 48, 64]},
+        "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32]},
+        "kernel_config": {"enable_jit_warmup": False},  # the first request of each kind warms up
     }
 
 
-def stage_file(name: str, gpus: int, folder: Path, tiny: bool, chunks: dict[str, int] | None = None) -> Path:
+def stage_file(name: str, gpus: int, folder: Path, tiny: bool, kv_gib: list[float] | None = None) -> Path:
     """The packaged stage configuration for ``gpus`` GPUs with fixed memory, written beside the model."""
     from vllm_omni.entrypoints.omni_args import STAGE_CONFIGS
 
+    thinker_kv, talker_kv = kv_gib or FAMILIES[name].kv_gib
     values = yaml.safe_load((STAGE_CONFIGS / FAMILIES[name].configs[gpus]).read_text())
     for stage in values["stage_args"]:
         args = stage["engine_args"]
@@ -100,14 +102,11 @@ def stage_file(name: str, gpus: int, folder: Path, tiny: bool, chunks: dict[str,
         if tiny:
             _tiny_stage(stage, folder)
         elif stage["stage_id"] == 0:
-            args |= thinker_args(name, tiny)
+            args |= thinker_args(name, tiny, thinker_kv)
         elif stage["stage_id"] == 1:
-            args |= {**thinker_args(name, tiny), "kv_cache_memory_bytes": int(FAMILIES[name].kv_gib[1] * GIB)}
-            args |= {"gpu_memory_utilization": 0.1}
+            args |= {**thinker_args(name, tiny, talker_kv), "gpu_memory_utilization": 0.05}
         else:
-            args |= {"gpu_memory_utilization": 0.05}
-    if chunks:
-        values["runtime"]["connectors"]["codes"]["extra"] |= chunks
+            args |= {"gpu_memory_utilization": 0.02}
     path = folder / "stages.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

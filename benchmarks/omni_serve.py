@@ -121,15 +121,19 @@ async def measure(args: argparse.Namespace, report: Report) -> None:
     folder = write_model(args.model, Path(tempfile.mkdtemp(prefix="omni-speech-")) / args.model, args.tiny)
     plain = PlainVllm(args, folder) if args.plain == "beside" else None
     began = time.perf_counter()
-    stages = stage_file(args.model, args.gpus, folder, args.tiny)
+    stages = stage_file(args.model, args.gpus, folder, args.tiny, args.kv_gib)
     omni = AsyncOmni(model=str(folder), stage_configs_path=str(stages), stage_init_timeout=args.budget)
     report("start_s", round(time.perf_counter() - began, 1))
     try:
         async with omni:
             report("weights", await omni.collective_rpc("fill_random_weights"))
+            while args.gate is not None and not args.gate.exists():
+                await asyncio.sleep(0.1)
             speaker = Speaker(omni, vocabulary(folder), args.run)
-            shapes = [Shape(*map(int, name.split("/"))) for name in args.shapes]
+            shapes = [Shape.parse(name) for name in args.shapes]
             await _speech(args, speaker, shapes[:-1], report, deadline)
+            if args.plain == "late":
+                plain = PlainVllm(args, folder)
             if args.plain != "none":
                 await _text(args, speaker, plain, report, deadline)
             if plain is not None:
@@ -149,11 +153,11 @@ async def measure(args: argparse.Namespace, report: Report) -> None:
 
 
 async def _speech(
-    args: argparse.Namespace, speaker: Speaker, shapes: list[Shape], report: Report, deadline: float
+    args: argparse.Namespace, speaker: Speaker, shapes: list[tuple[Shape, list[int]]], report: Report, deadline: float
 ) -> None:
     longest = 0.0
-    for shape in shapes:
-        for clients in args.clients:
+    for shape, own_clients in shapes:
+        for clients in own_clients or args.clients:
             left = deadline - time.monotonic()
             if left < 2 * longest:
                 report(f"speech {shape.name} c={clients}", f"left out: {left:.0f} s left")
@@ -175,8 +179,8 @@ async def _text(
         report("plain start", await plain.read())
         source = source or Speaker(None, vocabulary(plain.folder), args.run + 50)
     assert source is not None
-    longest = {prompt: text for prompt, text, _ in sorted(tuple(map(int, name.split("/"))) for name in args.shapes)}
-    for prompt, text in longest.items():
+    shapes = sorted((Shape.parse(name)[0] for name in args.shapes), key=lambda shape: (shape.prompt, shape.text))
+    for prompt, text in {shape.prompt: shape.text for shape in shapes}.items():
         shape = Shape(prompt, min(text, args.text_limit), 0)
         for clients in args.clients:
             if deadline - time.monotonic() < 20:
@@ -196,8 +200,8 @@ async def _text(
 
 async def _trace(args: argparse.Namespace, speaker: Speaker, report: Report) -> None:
     """Where the time of a frame goes: a profile of the stages that speak, at one client and at eight."""
-    prompt, text, frames = map(int, args.shapes[0].split("/"))
-    shape = Shape(prompt, min(text, 24), min(frames, 86))
+    first, _ = Shape.parse(args.shapes[0])
+    shape = Shape(first.prompt, min(first.text, 24), min(first.frames, 86))
     for clients in (1, 8):
         await speaker.omni.start_profile([1, 2])
         await speaker.run(shape, clients, clients)

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SHAPES = ["100/25/90", "100/100/360", "2500/900/3240"]
+SHAPES = ["100/25/90", "100/100/360", "2500/900/3240@1,8"]
 TINY_SHAPES = ["24/6/16", "40/12/30"]
 
 
@@ -45,13 +45,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, required=True, help="results; logs are written beside it")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, on a CPU")
     parser.add_argument("--parts", nargs="+", default=["serve", "transformers"])
-    parser.add_argument("--shapes", nargs="+", help="prompt/answer/frames")
+    parser.add_argument("--shapes", nargs="+", help="prompt/answer/frames, or prompt/answer/frames@clients,clients")
     parser.add_argument("--reference-shapes", nargs="+", help="the same, for transformers; default: the first shape")
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--waves", type=int, default=2, help="requests a client in a cell")
     parser.add_argument("--turns", type=int, default=1, help="times that ours, plain, plain, ours is run")
     parser.add_argument("--text-limit", type=int, default=200, help="tokens of a text-only answer")
-    parser.add_argument("--plain", choices=["beside", "after", "none"], default="beside")
+    parser.add_argument(
+        "--plain",
+        choices=["beside", "late", "after", "none"],
+        default="beside",
+        help="plain vLLM starts with our stages, once speech is measured, or when our stages have ended",
+    )
+    parser.add_argument("--kv-gib", nargs=2, type=float, help="KV cache of thinker and talker")
+    parser.add_argument("--gate", type=Path, help="wait for this file before the first request")
     parser.add_argument("--plain-device", type=int, help="GPU of plain vLLM, by index among the visible ones")
     parser.add_argument("--plain-kv-gib", type=float, default=12.0)
     parser.add_argument("--budget", type=float, default=240, help="seconds for the serve part")

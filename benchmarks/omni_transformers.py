@@ -84,4 +84,4 @@ def main(args: argparse.Namespace, report: Callable[[str, Any], None]) -> None:
 
     report("warm-up", speak(Shape(32, 4, 8), 0))
     for number, name in enumerate(args.reference_shapes):
-        report(f"speech {name} c=1", speak(Shape(*map(int, name.split("/"))), number + 1))
+        report(f"speech {name} c=1", speak(Shape.parse(name)[0], number + 1))
