@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import wave
 from typing import Any
 
 import pytest
@@ -79,6 +81,23 @@ def test_text_and_speech_of_a_chat() -> None:
     assert measured.ttfp == pytest.approx(0.5)
     assert measured.audio_seconds == pytest.approx(0.1)
     assert (measured.prompt_tokens, measured.text_tokens) == (7, 4)
+
+
+def test_sound_where_the_text_stands() -> None:
+    """The form of ``--compat upstream``: files in ``delta.content``, and what they are beside it."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setparams((1, 2, 8000, 0, "NONE", ""))
+        out.writeframes(bytes(2 * 2000))
+    sound = {"modality": "audio", "choices": [{"delta": {"content": base64.b64encode(file.getvalue()).decode()}}]}
+    measured = read(CHAT, (10.1, delta(content="x")), (10.3, b"data: " + json.dumps(sound).encode() + b"\n\n" + DONE))
+    assert measured.ttft == pytest.approx(0.1)
+    assert measured.ttfp == pytest.approx(0.3)
+    assert measured.audio_seconds == pytest.approx(0.25)
+    assert len(measured.texts) == 1
+    sound["choices"][0]["delta"]["content"] = "eHg="  # type: ignore[index]
+    with pytest.raises(WrongAnswer, match="not the form"):
+        read(CHAT, (10.3, b"data: " + json.dumps(sound).encode() + b"\n\n" + DONE))
 
 
 def test_an_empty_first_delta_is_no_text() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import struct
+import wave
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +38,7 @@ class _Audio(msgspec.Struct):
 
 
 class _Delta(msgspec.Struct):
-    content: str | None = None
+    content: str | list[Any] | None = None
     audio: _Audio | None = None
 
 
@@ -52,6 +54,8 @@ class _Usage(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
+    modality: str | None = None
+    """What ``content`` holds where a server puts sound there, as a file; see ``--compat upstream``."""
     error: dict[str, Any] | None = None
 
 
@@ -147,7 +151,7 @@ def read_answer(call: Call, answer: Answer, out: Measured) -> None:
     """
     try:
         {"image": _read_pictures, "speech": _read_wav, "chat": _read_chat}[call.kind](answer, out)
-    except (msgspec.DecodeError, struct.error, binascii.Error) as error:
+    except (msgspec.DecodeError, struct.error, binascii.Error, wave.Error, EOFError) as error:
         raise WrongAnswer(f"not the form of {call.path}: {error}") from error
 
 
@@ -171,6 +175,12 @@ def _read_wav(answer: Answer, out: Measured) -> None:
             out.sounds.append((arrived, (len(piece) - skipped) / 2 / rate))
     if not out.sounds:
         raise WrongAnswer("no sound")
+
+
+def _file_seconds(data: bytes) -> float:
+    """Length of a wav file in one piece."""
+    with wave.open(io.BytesIO(data)) as file:
+        return file.getnframes() / file.getframerate()
 
 
 def events(answer: Answer) -> list[tuple[float, bytes]]:
@@ -198,7 +208,9 @@ def _read_chat(answer: Answer, out: Measured) -> None:
             out.prompt_tokens, out.text_tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
         for choice in chunk.choices:
             audio = choice.delta.audio
-            if choice.delta.content or (audio is not None and audio.transcript):
+            if chunk.modality == "audio" and isinstance(choice.delta.content, str):
+                out.sounds.append((arrived, _file_seconds(base64.b64decode(choice.delta.content))))
+            elif choice.delta.content or (audio is not None and audio.transcript):
                 out.texts.append(arrived)
             if audio is not None and audio.data:
                 out.sounds.append((arrived, len(base64.b64decode(audio.data)) / 2 / CHAT_RATE))
