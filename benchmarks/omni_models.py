@@ -90,8 +90,11 @@ def thinker_args(name: str, tiny: bool, kv_gib: float | None = None) -> dict[str
     }
 
 
-def stage_file(name: str, gpus: int, folder: Path, tiny: bool, kv_gib: list[float] | None = None) -> Path:
-    """The packaged stage configuration for ``gpus`` GPUs with fixed memory, written beside the model."""
+def stage_file(
+    name: str, gpus: int, folder: Path, tiny: bool, kv_gib: list[float] | None = None, eager: tuple[int, ...] = ()
+) -> Path:
+    """The packaged stage configuration for ``gpus`` GPUs with fixed memory, written beside the model; stages ``eager``
+    run without compilation and graphs."""
     from vllm_omni.entrypoints.omni_args import STAGE_CONFIGS
 
     thinker_kv, talker_kv = kv_gib or FAMILIES[name].kv_gib
@@ -107,6 +110,9 @@ def stage_file(name: str, gpus: int, folder: Path, tiny: bool, kv_gib: list[floa
             args |= {**thinker_args(name, tiny, talker_kv), "gpu_memory_utilization": 0.05}
         else:
             args |= {"gpu_memory_utilization": 0.02}
+        if stage["stage_id"] in eager:
+            args.pop("compilation_config", None)
+            args |= {"enforce_eager": True}
     path = folder / "stages.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

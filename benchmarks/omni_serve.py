@@ -121,7 +121,7 @@ async def measure(args: argparse.Namespace, report: Report) -> None:
     folder = write_model(args.model, Path(tempfile.mkdtemp(prefix="omni-speech-")) / args.model, args.tiny)
     plain = PlainVllm(args, folder) if args.plain == "beside" else None
     began = time.perf_counter()
-    stages = stage_file(args.model, args.gpus, folder, args.tiny, args.kv_gib)
+    stages = stage_file(args.model, args.gpus, folder, args.tiny, args.kv_gib, tuple(args.eager))
     omni = AsyncOmni(model=str(folder), stage_configs_path=str(stages), stage_init_timeout=args.budget)
     report("start_s", round(time.perf_counter() - began, 1))
     try:
@@ -132,6 +132,7 @@ async def measure(args: argparse.Namespace, report: Report) -> None:
             speaker = Speaker(omni, vocabulary(folder), args.run)
             shapes = [Shape.parse(name) for name in args.shapes]
             await _speech(args, speaker, shapes[:-1], report, deadline)
+            report("speech done", True)
             if args.plain == "late":
                 plain = PlainVllm(args, folder)
             if args.plain != "none":

@@ -58,6 +58,7 @@ def parse() -> argparse.Namespace:
         help="plain vLLM starts with our stages, once speech is measured, or when our stages have ended",
     )
     parser.add_argument("--kv-gib", nargs=2, type=float, help="KV cache of thinker and talker")
+    parser.add_argument("--eager", nargs="+", type=int, default=[], help="stages without compilation and graphs")
     parser.add_argument("--gate", type=Path, help="wait for this file before the first request")
     parser.add_argument("--plain-device", type=int, help="GPU of plain vLLM, by index among the visible ones")
     parser.add_argument("--plain-kv-gib", type=float, default=12.0)
