@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 
 from tests.entrypoints.openai.server import ROOT, Server
+from vllm_omni.benchmarks.http_client import HttpClient
+from vllm_omni.benchmarks.load import Load, run_load
+from vllm_omni.benchmarks.workload import Call
 
 
 def bench(server: Server, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -74,6 +78,23 @@ def test_open_loop_beyond_the_queue(pictures: Server, tmp_path: Path) -> None:
     assert result["errors"]["429"]["retry_after_s"]["told"] == refused
     assert "requests are open" in result["errors"]["429"]["first"]
     assert result["load"] == {"request_rate": 3000.0}
+
+
+async def test_latency_of_what_is_accepted_stays_bounded(pictures: Server) -> None:
+    """Four times what a stage can do that takes 0.25 s a picture: it goes on at its rate, accepted requests wait for
+    the queue of 8 and the batch before it at most, the others are refused at once and told when to come back."""
+    slow = itertools.repeat(Call("image", "x", {"prompt": "slow", "size": "16x16"}))
+    load = Load(0, 16.0, None, 4.0, 60.0, False, 0)
+    async with HttpClient(pictures.url, pictures.api_key) as client:
+        run = await run_load(client, slow, load, lambda request: None)
+    accepted = [request for request in run.requests if request.error is None]
+    refused = [request for request in run.requests if request.error is not None]
+    assert {request.error for request in refused} == {"429"}
+    assert len(accepted) + len(refused) == len(run.requests) > 40
+    assert len(refused) > len(accepted) >= 12
+    assert max(request.e2e for request in accepted) < 2 * 8 * 0.25 + 1.5
+    assert all(request.retry_after is not None and request.retry_after >= 1 for request in refused)
+    assert sorted(request.e2e for request in refused)[len(refused) // 2] < 0.2
 
 
 def test_retries(pictures: Server, tmp_path: Path) -> None:
