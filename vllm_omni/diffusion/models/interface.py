@@ -25,6 +25,14 @@ class DiffusionPipeline(Protocol):
 
 
 @runtime_checkable
+class SupportImageInput(Protocol):
+    """A pipeline that reads pictures beside the text: ``multi_modal_data["image"]`` of a prompt, one or a list."""
+
+    support_image_input: bool
+    """Whether it does."""
+
+
+@runtime_checkable
 class SupportsPreviews(Protocol):
     """A pipeline that can show between two steps what it is making."""
 

@@ -18,7 +18,12 @@ from vllm_omni.diffusion.ipc import Accepted, Encoded, StepPlan, StepResult
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 from vllm_omni.diffusion.models.common.pipeline import DiTPipeline
 from vllm_omni.diffusion.models.common.state import DenoiseState
-from vllm_omni.diffusion.models.interface import DiffusionPipeline, SupportsPreviews, SupportsStepExecution
+from vllm_omni.diffusion.models.interface import (
+    DiffusionPipeline,
+    SupportImageInput,
+    SupportsPreviews,
+    SupportsStepExecution,
+)
 from vllm_omni.diffusion.registry import get_diffusion_post_process_func
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.memory import MemoryMeter
@@ -99,6 +104,7 @@ class DiffusionModelRunner:
         self.facts = {
             "pipeline": name,
             "by_steps": self.by_steps,
+            "inputs": ["image"] if isinstance(pipeline, SupportImageInput) and pipeline.support_image_input else [],
             "previews": self.by_steps and isinstance(pipeline, SupportsPreviews),
             "sampling": sampling_facts(pipeline),
             "load_s": round(loaded - started, 3),

@@ -9,7 +9,20 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from vllm_omni.entrypoints.openai import chat, completions, errors, health, images, info, metrics, page, profile, speech
+from vllm_omni.entrypoints.openai import (
+    chat,
+    completions,
+    edits,
+    errors,
+    health,
+    images,
+    info,
+    metrics,
+    page,
+    profile,
+    speech,
+    videos,
+)
 from vllm_omni.entrypoints.openai.gate import Gate
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.trace_context import TraceContext
@@ -26,6 +39,7 @@ def build_app(service: Service) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.omni.attach()
         yield
+        await service.videos.close()
         service.close()
 
     args = service.args
@@ -61,6 +75,8 @@ def build_app(service: Service) -> FastAPI:
         images.router,  # first what is asked for most: the list is searched for each request
         chat.router,
         completions.router,
+        edits.router(service),
+        videos.router(service),
         speech.router,
         health.router,
         info.router,

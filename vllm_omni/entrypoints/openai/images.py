@@ -127,13 +127,13 @@ def _answer(body: ImageGenerationRequest, outputs: Sequence[OmniRequestOutput]) 
     return json.dumps(answer, default=str).encode()
 
 
-def _prompt(body: ImageGenerationRequest) -> str | OmniTextPrompt:
+def prompt_of(body: ImageGenerationRequest) -> str | OmniTextPrompt:
     if body.negative_prompt is None:
         return body.prompt
     return {"prompt": body.prompt, "negative_prompt": body.negative_prompt}
 
 
-def _sampling(body: ImageGenerationRequest, limit: int) -> dict[str, Any]:
+def sampling_of(body: ImageGenerationRequest, limit: int) -> dict[str, Any]:
     names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "seed")
     given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     if body.partial_images and not body.stream:
@@ -148,27 +148,41 @@ async def generations(body: ImageGenerationRequest, request: Request) -> Respons
     service = service_of(request)
     service.check_model(body.model)
     service.check_makes("image")
-    params = service.params(_sampling(body, service.args.max_generated_image_size))
+    params = service.params(sampling_of(body, service.args.max_generated_image_size))
+    return await drawn(service, body, prompt_of(body), params, request)
+
+
+async def drawn(
+    service: Service,
+    body: ImageGenerationRequest,
+    prompt: str | OmniTextPrompt,
+    params: Sequence[Any],
+    request: Request,
+    event: str = "image_generation",
+) -> Response:
+    """The answer to a request for pictures, or its stream, whose events begin with ``event``."""
     if body.stream:
-        return await streamed(request, _events(service, body, params), service.args.send_timeout)
-    outputs = await while_connected(request.receive, service.collect(_prompt(body), params, ["image"]))
+        return await streamed(request, _events(service, body, prompt, params, event), service.args.send_timeout)
+    outputs = await while_connected(request.receive, service.collect(prompt, params, ["image"]))
     small = sum(image.width * image.height for output in outputs for image in output.images) <= SMALL
     answer = _answer(body, outputs) if small else await service.aside(_answer, body, outputs)
     return Response(answer, media_type="application/json")
 
 
-async def _events(service: Service, body: ImageGenerationRequest, params: Sequence[Any]) -> AsyncGenerator[bytes, None]:
+async def _events(
+    service: Service, body: ImageGenerationRequest, prompt: str | OmniTextPrompt, params: Sequence[Any], name: str
+) -> AsyncGenerator[bytes, None]:
     """Progress and previews as they come, then one event a picture."""
     shown = 0
     with service.admitted():
-        async with aclosing(with_progress(service, _prompt(body), params)) as events:
+        async with aclosing(with_progress(service, prompt, params)) as events:
             async for event in events:
                 if isinstance(event, tuple):
                     stage_id, step, total = event
-                    kind = "image_generation.progress"
+                    kind = f"{name}.progress"
                     yield sse({"type": kind, "stage_id": stage_id, "step": step, "total": total}, kind)
                 elif isinstance(event, Preview):
-                    kind = "image_generation.partial_image"
+                    kind = f"{name}.partial_image"
                     facts = {"partial_image_index": shown, "step": event.step, "total": event.total}
                     for index, image in enumerate(await service.aside(event.pictures)):
                         more = {"type": kind, "image_index": index, **facts}
@@ -176,7 +190,7 @@ async def _events(service: Service, body: ImageGenerationRequest, params: Sequen
                     shown += 1
                 else:
                     for index, image in enumerate(pictures([event])):
-                        kind = "image_generation.completed"
+                        kind = f"{name}.completed"
                         more = {"type": kind, "image_index": index, "usage": _USAGE}
                         if body.return_stage_metrics:
                             more["metrics"] = event.metrics

@@ -15,6 +15,7 @@ from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.args import ServeArgs
 from vllm_omni.entrypoints.openai.metrics import Metrics, RequestWatch
 from vllm_omni.entrypoints.openai.trace_context import trace_headers
+from vllm_omni.entrypoints.openai.video_jobs import VideoJobs
 from vllm_omni.entrypoints.openai.voices import voices_of
 from vllm_omni.errors import NotFoundError, OmniError, OverloadError, RequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType, OmniSamplingParams
@@ -48,10 +49,13 @@ class Service:
         self.voices = voices_of(omni)
         self.reader = next(i for i, stage in enumerate(omni.pipeline.stages) if not stage.engine_input_source)
         """Place of the stage that reads the prompt."""
+        self.reads = frozenset(omni.stage_infos[omni.pipeline.stages[self.reader].stage_id].facts.get("inputs", ()))
+        """Media that a stage of ours reads beside the text: ``image``."""
         self.text: Text | None = None
         """vLLM's serving code, for models whose prompt an engine of vLLM's reads."""
         self.adapters: frozenset[str] = frozenset()
         """Names of adapters that requests may name as model."""
+        self.videos = VideoJobs()
         self.profiling = False
         self.metrics = Metrics(lambda: self._open, lambda: omni.orchestrator.loads)
         self._pool = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="encode")

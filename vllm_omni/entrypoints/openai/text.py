@@ -172,7 +172,7 @@ class Turn(Engine):
         self._information = information
         self._field, self._given = field, given
         self.on_media = on_media
-        self._runs: list[AsyncGenerator[Any, None]] = []
+        self._runs: list[Any] = []
         self.made: tuple[OmniEnginePrompt, list[OmniSamplingParams]] = {"engine_input": {}}, []
         """Prompt and parameters, once vLLM has made them."""
         self.metrics: dict[str, Any] = {}
