@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.inputs import TokensPrompt
@@ -130,6 +131,7 @@ class OmniInputProcessor(InputProcessor):
     def __init__(self, vllm_config: VllmConfig, target: Target) -> None:
         super().__init__(vllm_config)
         self.target = target
+        self._media_ids = _media_ids(self.model_config) if self.model_config.is_multimodal_model else {}
 
     def omni_request(
         self,
@@ -171,10 +173,24 @@ class OmniInputProcessor(InputProcessor):
             raise RequestError(str(error.args[0] if error.args else error), field=field) from error
         except (ValueError, TypeError, KeyError, OSError, ImportError, NotImplementedError) as error:
             raise RequestError(f"{type(error).__name__}: {error}", field="prompt") from error
+        self._check_media(request)
         request.external_req_id = request_id
         for name, value in parts.reasoning.items():
             setattr(request, name, value)
         return request, rendered.get("prompt")
+
+    def _check_media(self, request: EngineCoreRequest) -> None:
+        """vLLM reads a placeholder without its medium as a word."""
+        tokens = request.prompt_token_ids or []
+        if self._media_ids.keys().isdisjoint(tokens):
+            return
+        open_places = np.isin(tokens, list(self._media_ids))
+        for feature in request.mm_features or ():
+            place = feature.mm_position
+            open_places[place.offset : place.offset + place.length] = False
+        if open_places.any():
+            name = self._media_ids[tokens[int(open_places.argmax())]]
+            raise RequestError(f"the prompt has a place for {name} that was not given", field="multi_modal_data")
 
     def _check_priority(self, priority: Any) -> None:
         if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
@@ -223,6 +239,14 @@ class OmniInputProcessor(InputProcessor):
             [parse_model_prompt(self.model_config, prompt)], renderer.default_cmpl_tok_params
         )
         return rendered
+
+
+def _media_ids(config: Any) -> dict[int, str]:
+    """Placeholder tokens of a model's configuration -> what stands for them."""
+    values = config.hf_config.to_dict()
+    values = values.get("thinker_config", values)
+    names = {f"{kind}_token_{end}": kind for kind in ("image", "audio", "video") for end in ("id", "index")}
+    return {values[name]: kind for name, kind in names.items() if isinstance(values.get(name), int)}
 
 
 def chunk_request(request_id: str, prompt: Any, number: int, *, last: bool, target: Target) -> EngineCoreRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,13 +17,15 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
+from vllm.lora.request import LoRARequest
 
-from tests.ar_support import SMALL
 from tests.model_executor.qwen2_5_omni.support import MODALITIES, PENALTY, SAMPLES_PER_CODE, Reference, make_prompt
 from vllm_omni.config.stage import load_stage_configs
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.entrypoints.omni_args import STAGE_CONFIGS
 from vllm_omni.errors import RequestError
+from vllm_omni.model_executor.tiny_models.stages import tiny_stages
 
 ROOT = Path(__file__).parents[3]
 TOKENS, CODES = 8, 40
@@ -30,22 +33,13 @@ NAMES = ("qwen2_5_omni", "qwen2_5_omni_2gpu", "qwen2_5_omni_3gpu", "qwen2_5_omni
 CHUNKS = {"initial_codec_chunk_frames": 6, "codec_chunk_frames": 12, "codec_left_context_frames": 600}
 
 
-def tiny_stages(name: str, folder: Path) -> Path:
-    """A packaged configuration with the sizes of the tiny checkpoint, on the CPU, greedy and short."""
-    values = yaml.safe_load((STAGE_CONFIGS / f"{name}.yaml").read_text())
-    for stage, limit in zip(values["stage_args"], (TOKENS, CODES, None), strict=False):
-        args = {**stage["engine_args"], **SMALL, "max_model_len": 512, "dtype": "float32"}
-        for key in ("gpu_memory_utilization", "max_num_batched_tokens"):
-            args.pop(key, None)
-        if stage["stage_type"] == "generation":
-            args.pop("enforce_eager")
-        else:
-            stage["default_sampling_params"] |= {
-                "temperature": 0.0,
-                "max_tokens": limit,
-                "repetition_penalty": PENALTY,
-            }
-        stage["engine_args"] = args
+def short_stages(checkpoint: Path, folder: Path) -> Path:
+    """The configuration that comes with the tiny checkpoint, greedy, short and with small chunks."""
+    values = tiny_stages(checkpoint)
+    for stage, limit in zip(values["stage_args"], (TOKENS, CODES), strict=False):
+        greedy = {"temperature": 0.0, "max_tokens": limit, "repetition_penalty": PENALTY}
+        stage["default_sampling_params"] |= greedy
+    values["stage_args"][0]["engine_args"] |= {"enable_lora": True, "max_lora_rank": 8}
     values["runtime"]["connectors"]["codes"]["extra"] |= CHUNKS
     path = folder / "stages.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -53,8 +47,8 @@ def tiny_stages(name: str, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_stages("qwen2_5_omni", tmp_path_factory.mktemp("stages"))
+def stages(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return short_stages(checkpoint, tmp_path_factory.mktemp("stages"))
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +109,99 @@ def test_text_alone_does_not_run_the_talker(omni: Omni, reference: Reference) ->
     assert set(output.metrics["stages"]) == {"0"}
 
 
+@pytest.fixture(scope="module")
+def adapter(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoRARequest, Any]:
+    """An adapter of the thinker in peft's form, and a function that merges it into transformers' model."""
+    folder = tmp_path_factory.mktemp("adapter")
+    generator = torch.Generator().manual_seed(4)
+    layers = reference.model.thinker.model.layers
+    weights, changes = {}, []
+    for index, layer in enumerate(layers):
+        matrix = layer.self_attn.o_proj.weight
+        down = torch.randn(4, matrix.shape[1], generator=generator)
+        up = torch.randn(matrix.shape[0], 4, generator=generator)
+        name = f"base_model.model.thinker.model.layers.{index}.self_attn.o_proj"
+        weights |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        changes.append((matrix, 2.0 * up @ down))
+    write_adapter(folder, weights)
+
+    def merge(sign: float) -> None:
+        with torch.inference_mode():
+            for matrix, change in changes:
+                matrix.data += sign * change
+
+    return LoRARequest("tiny", 1, str(folder)), merge
+
+
+def write_adapter(folder: Path, weights: dict[str, torch.Tensor], **values: Any) -> None:
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["o_proj"], "bias": "none", **values}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_an_adapter_of_the_thinker(omni: Omni, reference: Reference, adapter: tuple[LoRARequest, Any]) -> None:
+    """Beside requests without it: each is what transformers' model is with, or without, the adapter's weights."""
+    prompts = [make_prompt(reference.processor, [kind]) for kind in ("text", "image")]
+    lora, merge = adapter
+    without = [reference.speak(prompt, TOKENS, CODES) for prompt in prompts]
+    merge(1.0)
+    within = [reference.speak(prompt, TOKENS, CODES) for prompt in prompts]
+    merge(-1.0)
+    assert [spoken.tokens for spoken in within] != [spoken.tokens for spoken in without]
+    given = [*(prompt.ours for prompt in prompts), {**prompts[0].ours, "lora_request": lora}, prompts[1].ours]
+    outputs = ask(omni, given, lora_request=[None, None, None, lora])
+    for want, text, sound in zip([*without, *within], outputs[::2], outputs[1::2], strict=True):
+        assert list(text.outputs[0].token_ids) == want.tokens
+        torch.testing.assert_close(torch.as_tensor(sound.multimodal_output["audio"]), want.wave, atol=2e-3, rtol=0)
+
+
+def test_adapters_that_cannot_be_used(
+    omni: Omni, reference: Reference, adapter: tuple[LoRARequest, Any], tmp_path: Path
+) -> None:
+    """Found before the engine would end of them; the next request is right."""
+    name = "base_model.model.thinker.model.layers.0.self_attn.o_proj"
+    matrix = reference.model.thinker.model.layers[0].self_attn.o_proj.weight
+    for rank, prefix, folder in ((16, name, "rank"), (4, name.replace("thinker.model.layers", "text.blocks"), "names")):
+        pair = {"lora_A": torch.zeros(rank, matrix.shape[1]), "lora_B": torch.zeros(matrix.shape[0], rank)}
+        write_adapter(tmp_path / folder, {f"{prefix}.{k}.weight": v for k, v in pair.items()}, r=rank)
+    write_adapter(tmp_path / "damaged", {})
+    (tmp_path / "damaged" / "adapter_model.safetensors").write_bytes(b"no tensors")
+    prompt = make_prompt(reference.processor, ["text"]).ours
+    wrong = [
+        (LoRARequest("a", 7, str(tmp_path / "missing")), "no adapter_config.json"),
+        (LoRARequest("b", 8, str(tmp_path / "rank")), "rank"),
+        (LoRARequest("c", 9, str(tmp_path / "names")), "for no module"),
+        (LoRARequest("d", 10, str(tmp_path / "damaged")), "cannot be loaded"),
+        (LoRARequest("e", 1, str(tmp_path / "rank")), "give it another"),
+        ("tiny", "LoRARequest is needed"),
+    ]
+    for lora, words in wrong:
+        with pytest.raises(RequestError, match=words) as caught:
+            ask(omni, [prompt], lora_request=lora)
+        assert caught.value.details["field"] == "lora_request"
+    assert len(ask(omni, [prompt], lora_request=adapter[0])) == 2
+
+
 def test_one_bad_request_among_good(omni: Omni, reference: Reference) -> None:
     good = make_prompt(reference.processor, ["text"]).ours
-    silent = {**good, "additional_information": {"speaker": "nobody"}}
-    broken = {**make_prompt(reference.processor, ["image"]).ours, "multi_modal_data": {"image": "no picture"}}
-    for bad, field in ((silent, "speaker"), (broken, "prompt")):
+    image = make_prompt(reference.processor, ["image"]).ours
+    bad: list[tuple[Any, str]] = [
+        ({**good, "additional_information": {"speaker": "nobody"}}, "speaker"),
+        ({**image, "multi_modal_data": {"image": "no picture"}}, "prompt"),
+        ({**image, "multi_modal_data": {}}, "multi_modal_data"),
+        ({**good, "multi_modal_data": {"smell": [1]}}, "prompt"),
+        ({"prompt": good["prompt"] * 40}, "prompt"),
+        ({**good, "priority": 1}, "priority"),
+    ]
+    for prompt, field in bad:
         with pytest.raises(RequestError) as caught:
-            ask(omni, [good, bad])
+            ask(omni, [good, prompt])
         assert caught.value.details["field"] == field
         finished = [output for output in caught.value.outputs if output.final_output_type == "audio"]
         assert [len(output.multimodal_output["audio"]) for output in finished[:1]] == [CODES * SAMPLES_PER_CODE]
+    with pytest.raises(RequestError, match="the voices are"):
+        omni._async.make_request(bad[0][0], None, None)  # before any stage sees it
     assert omni.is_running
 
 
