@@ -7,6 +7,7 @@ others hold. Graphs are captured up to the number of clients.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,12 @@ def stage_file(
             args |= {**thinker_args(name, tiny, talker_kv), "gpu_memory_utilization": 0.05}
         else:
             args |= {"gpu_memory_utilization": 0.02}
+        profiles = os.path.join(os.environ["VLLM_TORCH_PROFILER_DIR"], f"stage_{stage['stage_id']}")
+        args["profiler_config"] = {
+            "profiler": "torch",
+            "torch_profiler_dir": profiles,
+            "torch_profiler_with_stack": False,
+        }
         if stage["stage_id"] in eager:
             args.pop("compilation_config", None)
             args |= {"enforce_eager": True}

@@ -202,7 +202,7 @@ async def _text(
 async def _trace(args: argparse.Namespace, speaker: Speaker, report: Report) -> None:
     """Where the time of a frame goes: a profile of the stages that speak, at one client and at eight."""
     first, _ = Shape.parse(args.shapes[0])
-    shape = Shape(first.prompt, min(first.text, 24), min(first.frames, 86))
+    shape = Shape(first.prompt, min(first.text, 16), min(first.frames, 48))
     for clients in (1, 8):
         await speaker.omni.start_profile([1, 2])
         await speaker.run(shape, clients, clients)

@@ -92,7 +92,9 @@ class OmniEngineArgs(EngineArgs):
         """
         prepare_environment()
         super().__post_init__()
-        if self.profiler_config.profiler is None:  # type: ignore[has-type]
+        if isinstance(self.profiler_config, dict):  # type: ignore[has-type]  # as a stage configuration has it
+            self.profiler_config = ProfilerConfig(**self.profiler_config)  # type: ignore[has-type]
+        if self.profiler_config.profiler is None:
             folder = os.path.join(os.path.abspath(envs.VLLM_TORCH_PROFILER_DIR()), f"stage_{self.stage_id}")
             self.profiler_config = ProfilerConfig(profiler="torch", torch_profiler_dir=folder)
         if self.stage_type == "generation":
