@@ -27,6 +27,7 @@ from tools.default_model.train_model import (
     make_stepper,
     train_model,
     trained_parameters,
+    warm_drawing,
 )
 from tools.default_model.train_vae import channels_last, flatten
 from tools.default_model.world import FORMATS
@@ -197,6 +198,7 @@ def main() -> None:
             pools = _make_pools(args, layout)
             # before the autoencoder is there: compiling and recording need no real samples
             stepper = _stepper(args, recipe, text_encoder, transformer, pools, tokenizer)
+            warm_drawing(source, args.device)
         vae = _autoencoder(args, begun)
         if args.seconds > 0:
             _fill(args, pools, source, vae)

@@ -94,6 +94,12 @@ def append_shard(
         pool.append(pack(latents), torch.from_numpy(shard.ids[rows]), torch.from_numpy(shard.counts[rows]))
 
 
+def warm_drawing(source: ShardSource, device: str) -> None:
+    """Draw some pictures of every canvas, which compiles the drawing for it."""
+    for canvas in FORMATS:
+        pictures(next(iter(source.shards(canvas))), slice(0, 1000), canvas, device)
+
+
 def fill_pools(pools: list[Pool], vae: AutoencoderKLQwenImage, source: ShardSource, device: str) -> None:
     """Encode everything that was ordered. The autoencoder must be flat and on the device."""
     for canvas, pool in zip(FORMATS, pools, strict=True):
