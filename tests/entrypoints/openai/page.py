@@ -175,8 +175,12 @@ class Talking(Page):
 
 def run_code(page: Page, folder: Path, language: str, **env: str) -> str:
     """Run the shown code in a folder, with the files that stand there; what it printed."""
+    return run_text(page.code(language), folder, language, **env)
+
+
+def run_text(text: str, folder: Path, language: str, **env: str) -> str:
+    """Run code in a folder; what it printed."""
     folder.mkdir(exist_ok=True)
-    text = page.code(language)
     (folder / "code").write_text(text, encoding="utf-8")
     command = ["sh" if language == "curl" else sys.executable, "code"]
     env = {**os.environ, "PYTHONIOENCODING": "utf-8", **env}

@@ -242,6 +242,7 @@ def test_conversation_outlives_the_page(chat: Talking) -> None:
     chat["bring-back"].click()
     assert chat.answers() == before
     chat["new-chat"].click()
+    chat.until(lambda: kept(chat) == [])
     chat.driver.refresh()
     chat.until(lambda: chat["welcome"].is_displayed())
     assert chat.answers() == []

@@ -295,11 +295,6 @@ def test_a_full_history_stays_quick(page: Drawing) -> None:
     # One tile comes and its content changes once; six of the oldest go.
     assert page.run("return window.touched") <= 10
     assert page.run("return gallery.firstElementChild.firstElementChild.title") == "one more"
-    took = page.run(
-        """const begun = performance.now();
-        gallery.children[150].firstElementChild.click();
-        gallery.offsetWidth;
-        return performance.now() - begun;"""
-    )
+    page.run("window.touched = 0; gallery.children[150].firstElementChild.click()")
     assert page["said"].text.startswith("picture ")
-    assert took < 500
+    assert page.run("return window.touched") == 0

@@ -2,6 +2,7 @@
 import { explain, hasKey, stream } from "./api.js";
 import * as attachments from "./attachments.js";
 import { announce, byId, clock, el, sends } from "./dom.js";
+import { TO_ASK, TO_DRAW, ideas } from "./ideas.js";
 import * as fields from "./fields.js";
 import { record as listen } from "./microphone.js";
 import { wake } from "./player.js";
@@ -21,8 +22,6 @@ const LABELS = {
   seed: "Seed",
 };
 const WITHOUT_SLIDER = new Set(["max_completion_tokens", "seed"]);
-const IDEAS = ["How does a rainbow come about?", "Tell me a joke about a robot.", "Explain tides to a child."];
-const DRAWN = ["a small red circle above a large blue square", "three yellow stars on a dark blue background"];
 const form = byId("chat-form");
 let model = "";
 let facts = null;
@@ -92,16 +91,7 @@ function describe(kinds) {
   const list = (words) => words.join(", ").replace(/, ([^,]*)$/, " and $1");
   byId("can").textContent = draws ? "It answers with pictures." : `It reads ${list(reads)}, and answers in ${facts.speaks ? "text and speech" : "text"}.`;
   byId("words").placeholder = draws ? "What the picture shows" : kinds.length ? "Ask something, or drop a file here" : "Ask something";
-  byId("ideas").replaceChildren(
-    ...(draws ? DRAWN : IDEAS).map((idea) => {
-      const made = el("button", { type: "button" }, idea);
-      made.addEventListener("click", () => {
-        byId("words").value = idea;
-        byId("words").focus();
-      });
-      return el("li", {}, made);
-    }),
-  );
+  byId("ideas").replaceChildren(...ideas(draws ? TO_DRAW : TO_ASK, byId("words")));
 }
 
 const speaks = () => facts.speaks && form.elements["answer-as"].value === "speech";
@@ -146,7 +136,7 @@ function code(record) {
   const files = [...before, record].flatMap((one) => one.files);
   const names = attachments.fileNames(files);
   const body = bodyOf(record, before, (file, index) => new FileData(names[index], file.type));
-  const write = chats(location.origin, body, hasKey(), facts.answers.includes("image"));
+  const write = chats(location.origin, body, hasKey(), { draws: facts.answers.includes("image"), compat: facts.compat });
   return [write, files.map((file, index) => [names[index], () => attachments.blobOf(file)])];
 }
 
@@ -162,7 +152,7 @@ function settings() {
 function newRecord() {
   return {
     ...{ id: store.newId(), at: Date.now(), words: byId("words").value.trim(), files: tray.files, settings: settings() },
-    ...{ text: "", sound: null, rate: RATE, pictures: [], metrics: null, tokens: 0, stopped: false },
+    ...{ text: "", thoughts: "", sound: null, rate: RATE, pictures: [], metrics: null, tokens: 0, stopped: false },
     seen: { first: null, word: null, sound: null, total: 0 },
   };
 }
@@ -229,7 +219,7 @@ async function answer(record, turn) {
       if (event.metrics) record.metrics = event.metrics;
       if (event.usage) record.tokens = event.usage.completion_tokens;
       if (event.progress) turn.progress(event.progress.step, event.progress.total);
-      take(event.choices?.[0]?.delta ?? {}, record, turn, now, pieces);
+      take(shaped(event), record, turn, now, pieces);
     }
   } finally {
     record.seen.total = now();
@@ -237,7 +227,18 @@ async function answer(record, turn) {
   }
 }
 
+/** What a chunk adds. With `--compat upstream`, `modality` says what its content is. */
+function shaped(event) {
+  const delta = event.choices?.[0]?.delta ?? {};
+  return event.modality === "audio" && delta.content ? { audio: { data: delta.content } } : delta;
+}
+
 function take(delta, record, turn, now, pieces) {
+  const thought = delta.reasoning ?? delta.reasoning_content ?? "";
+  if (thought) {
+    record.thoughts += thought;
+    turn.think(record.thoughts);
+  }
   const text = (typeof delta.content === "string" ? delta.content : "") || delta.audio?.transcript || "";
   if (text) {
     record.seen.word ??= now();
@@ -315,9 +316,9 @@ byId("new-chat").addEventListener("click", async () => {
 });
 byId("bring-back").addEventListener("click", async () => {
   fill(last.splice(0));
-  for (const record of records) await store.keep("turns", record);
   byId("words").focus();
   toEnd();
+  await Promise.all(records.map((record) => store.keep("turns", record))); // all asked for before what may come next
 });
 
 // ---------------------------------------------------------------- media

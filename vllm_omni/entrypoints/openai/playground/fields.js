@@ -27,7 +27,7 @@ export function numberField(key, label, facts, { hint = "", slider = true, id = 
   input.spellcheck = false;
   input.dataset.initial = initial ?? "";
   input.value = input.dataset.initial;
-  const range = slider && minimum !== undefined && maximum !== undefined ? rangeOf(input, minimum, maximum, step) : null;
+  const range = slider && input.value !== "" && minimum !== undefined && maximum !== undefined ? rangeOf(input, minimum, maximum, step) : null;
   input.addEventListener("keydown", (event) => {
     const sign = { ArrowUp: 1, ArrowDown: -1 }[event.key];
     if (sign === undefined) return;
@@ -46,7 +46,7 @@ export function numberField(key, label, facts, { hint = "", slider = true, id = 
 function rangeOf(input, min, max, step) {
   const range = el("input", { type: "range", min, max, step, tabIndex: -1 });
   range.setAttribute("aria-hidden", "true");
-  range.value = input.value === "" ? min : input.value;
+  range.value = input.value;
   range.addEventListener("input", () => (input.value = range.value));
   input.addEventListener("input", () => (range.value = input.value));
   return range;

@@ -3,6 +3,7 @@ import { ApiError, explain, hasKey } from "./api.js";
 import { CodePanel } from "./code.js";
 import { announce, byId, el, sure } from "./dom.js";
 import * as gallery from "./gallery.js";
+import { TO_DRAW, ideas } from "./ideas.js";
 import * as form from "./pictures_form.js";
 import * as view from "./pictures_view.js";
 import * as runs from "./runs.js";
@@ -17,6 +18,7 @@ export async function build(name, image, stages) {
   view.setStages(stages);
   byId("picture-code").replaceWith(code.element);
   await runs.open({ shown, step, list });
+  byId("picture-ideas").replaceChildren(...ideas(TO_DRAW, byId("prompt")));
   form.onChange(() => runs.shown === null && showCode());
 }
 

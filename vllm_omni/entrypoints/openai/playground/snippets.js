@@ -98,28 +98,49 @@ export function pictures(origin, body, withKey) {
 const OF_CHATS = new Set(["model", "messages", "modalities", "audio", "max_completion_tokens", "temperature", "top_p", "seed", "stream"]);
 
 /** `body` is of a stream. Spoken answers are written to answer.wav, drawn ones to picture-0.png and so on. */
-export function chats(origin, body, withKey, draws) {
-  return { curl: () => chatCurl(origin, body, withKey, draws), python: () => chatPython(origin, body, withKey, draws) };
+export function chats(origin, body, withKey, { draws = false, compat = "openai" }) {
+  const form = { draws, spoken: compat === "upstream" ? UPSTREAM : OPENAI };
+  return { curl: () => chatCurl(origin, body, withKey, form), python: () => chatPython(origin, body, withKey, form) };
 }
 
-const SPOKEN = `import base64, json, sys, wave
+// How a chunk of a spoken answer is read: [in the command, by the client].
+const OPENAI = [
+  `            audio = choice["delta"].get("audio") or {}
+            print(audio.get("transcript", ""), end="", flush=True)
+            file.writeframes(base64.b64decode(audio.get("data", "")))`,
+  `        audio = chunk.choices[0].delta.model_dump().get("audio") or {}
+        print(audio.get("transcript") or "", end="", flush=True)
+        file.writeframes(base64.b64decode(audio.get("data") or ""))`,
+];
+const UPSTREAM = [
+  `            text = choice["delta"].get("content") or ""
+            if chunk.get("modality") == "audio":
+                file.writeframes(base64.b64decode(text))
+            else:
+                print(text, end="", flush=True)`,
+  `        text = chunk.choices[0].delta.content or ""
+        if chunk.model_dump().get("modality") == "audio":
+            file.writeframes(base64.b64decode(text))
+        else:
+            print(text, end="", flush=True)`,
+];
+
+const spokenCommand = (read) => `import base64, json, sys, wave
 with wave.open("answer.wav", "wb") as file:
     file.setparams((1, 2, 24000, 0, "NONE", ""))
     for line in sys.stdin:
         chunk = json.loads(line[6:]) if line.startswith("data: {") else {}
         for choice in chunk.get("choices", []):
-            audio = choice["delta"].get("audio") or {}
-            print(audio.get("transcript", ""), end="", flush=True)
-            file.writeframes(base64.b64decode(audio.get("data", "")))`;
+${read}`;
 const DRAWN = `import base64, json
 parts = json.load(open("answer.json"))["choices"][0]["message"]["content"]
 for i, part in enumerate(parts):
     data = part["image_url"]["url"].split(",")[1]
     open(f"picture-{i}.png", "wb").write(base64.b64decode(data))`;
 
-function chatCurl(origin, { stream, ...rest }, withKey, draws) {
+function chatCurl(origin, { stream, ...rest }, withKey, { draws, spoken }) {
   const body = draws ? rest : { ...rest, stream };
-  const after = draws ? `-o answer.json && python3 -c ${quoted(DRAWN)}` : body.audio ? `| python3 -c ${quoted(SPOKEN)}` : "";
+  const after = draws ? `-o answer.json && python3 -c ${quoted(DRAWN)}` : body.audio ? `| python3 -c ${quoted(spokenCommand(spoken[0]))}` : "";
   const first = head(origin, "/v1/chat/completions", withKey, draws ? "--fail-with-body" : "--fail-with-body --no-buffer");
   const files = [];
   const file = ({ name, type }) => {
@@ -133,7 +154,7 @@ function chatCurl(origin, { stream, ...rest }, withKey, draws) {
   return [...first, `  --data-binary @- << JSON ${after}`.trimEnd(), shell, "JSON"].join("\n");
 }
 
-function chatPython(origin, { stream, ...rest }, withKey, draws) {
+function chatPython(origin, { stream, ...rest }, withKey, { draws, spoken }) {
   const body = draws ? rest : { ...rest, stream };
   let reads = false;
   const file = ({ name, type }) => {
@@ -151,18 +172,16 @@ function chatPython(origin, { stream, ...rest }, withKey, draws) {
     "",
   ];
   const imports = [...(reads || draws || body.audio ? ["base64"] : []), ...(body.audio ? ["wave"] : [])];
-  return python(origin, withKey, imports, ...(reads ? reader : []), ...asked, draws ? PICTURES : body.audio ? SPEECH : TEXT);
+  return python(origin, withKey, imports, ...(reads ? reader : []), ...asked, draws ? PICTURES : body.audio ? speechProgram(spoken[1]) : TEXT);
 }
 
 const TEXT = `for chunk in stream:
     print(chunk.choices[0].delta.content or "", end="", flush=True)
 print()`;
-const SPEECH = `with wave.open("answer.wav", "wb") as file:
+const speechProgram = (read) => `with wave.open("answer.wav", "wb") as file:
     file.setparams((1, 2, 24000, 0, "NONE", ""))
     for chunk in stream:
-        audio = chunk.choices[0].delta.model_dump().get("audio") or {}
-        print(audio.get("transcript") or "", end="", flush=True)
-        file.writeframes(base64.b64decode(audio.get("data") or ""))
+${read}
 print()`;
 const PICTURES = `for i, part in enumerate(answer.choices[0].message.content):
     data = part["image_url"]["url"].split(",")[1]

@@ -2,6 +2,7 @@
 import { explain, hasKey, stream } from "./api.js";
 import { announce, button, byId, el, seconds, sure } from "./dom.js";
 import * as fields from "./fields.js";
+import { TO_SAY, ideas } from "./ideas.js";
 import { inspectButton } from "./inspector.js";
 import { Player, played, wake } from "./player.js";
 import { fromBase64, rateOf, samplesOf } from "./sound.js";
@@ -30,6 +31,7 @@ export async function build(name, facts, stages) {
   byId("speech-numbers").replaceChildren(...numbers);
   byId("speech-seed").placeholder = "random";
   byId("speech-max_new_tokens").placeholder = "the model's own";
+  byId("speech-ideas").replaceChildren(...ideas(TO_SAY, byId("input")));
   byId("input").maxLength = facts.parameters.input.maxLength;
   fields.remember(form, `omni.speech.${model}`);
   for (const record of (await store.all("clips")).reverse()) show(record, played(record.sound, record.rate, "speech"), true);

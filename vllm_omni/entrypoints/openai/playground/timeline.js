@@ -16,7 +16,7 @@ const WORDS = {
 
 /** The stages' names by id, without what all of them have. */
 export function shortNames(stages) {
-  const names = stages.map((stage) => stage.name.replace(/(ForConditionalGeneration|Pipeline)$/, ""));
+  const names = stages.map((stage) => stage.name.replace(/(ForConditionalGeneration|Pipeline|Model)$/, ""));
   const common = names.length < 2 ? 0 : [...names[0]].findIndex((letter, at) => names.some((name) => name[at] !== letter));
   const start = common < 1 ? 0 : (names[0].slice(0, common + 1).search(/[A-Z][^A-Z]*$/) ?? 0); // whole words alone
   return new Map(stages.map((stage, index) => [stage.stage_id, names[index].slice(Math.max(0, start))]));

@@ -43,6 +43,15 @@ export class Turn {
     this.player.add(samples);
   }
 
+  /** What the model thinks before it answers; folded away. */
+  think(thoughts) {
+    if (this.thoughts === undefined) {
+      this.thoughts = el("p", {});
+      this.text.before(el("details", { className: "thoughts" }, el("summary", {}, "Thoughts"), this.thoughts));
+    }
+    this.thoughts.textContent = thoughts;
+  }
+
   progress(step, total) {
     this.foot.firstChild.lastChild.data = ` step ${step} of ${total}`;
   }
@@ -51,6 +60,7 @@ export class Turn {
   end() {
     const { record } = this;
     this.theirs.removeAttribute("aria-busy");
+    if (record.thoughts) this.think(record.thoughts);
     this.writer.text = record.text;
     this.writer.end();
     if (this.player !== null) this.player.end();
