@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -42,21 +43,31 @@ async def measure(args: BenchArgs) -> tuple[dict[str, Any], list[Run]]:
     async with HttpClient(args.base_url, key) as client:
         target = await find_target(client, args)
         next(calls(args, target))  # an unfit workload is refused before anything is sent
-        gc.collect()
-        gc.freeze()
         results, runs = [], []
-        for concurrency, rate in args.loads:
-            load = _load(args, concurrency, rate)
-            run, stages = await _one(client, target, load, args)
-            results.append(summarise(run, load, args.objectives, stages))
-            if args.detail:
-                results[-1]["detail"] = rows(run)
-            runs.append(run)
+        with _without_old_garbage():
+            for concurrency, rate in args.loads:
+                load = _load(args, concurrency, rate)
+                run, stages = await _one(client, target, load, args)
+                results.append(summarise(run, load, args.objectives, stages))
+                if args.detail:
+                    results[-1]["detail"] = rows(run)
+                runs.append(run)
     facts = about()
     if target.version is not None:
         facts["versions"]["server"] = target.version
     settings = {name: value for name, value in asdict(args).items() if name != "api_key"}
     return {**facts, "settings": settings, "model": target.model, "results": results}, runs
+
+
+@contextmanager
+def _without_old_garbage() -> Iterator[None]:
+    """The collector looks at what is made from here on alone: at everything it would take milliseconds."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _load(args: BenchArgs, concurrency: int, rate: float) -> Load:
