@@ -54,6 +54,7 @@ class OmniEnginePrompt(TypedDict):
     additional_information: NotRequired[Mapping[str, Any]]
     lora_request: NotRequired[Any]
     """vLLM's ``LoRARequest``: the adapter to use."""
+    priority: NotRequired[int]
     reasoning_ended: NotRequired[bool]
     """Whether a grammar binds the answer from its first token."""
     reasoning_parser_kwargs: NotRequired[Mapping[str, Any]]

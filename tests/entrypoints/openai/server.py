@@ -19,7 +19,7 @@ from tests.entrypoints.graphs import stage, write
 
 ROOT = Path(__file__).parents[3]
 PICTURES = "tests.entrypoints.openai.picture_stage.PictureStage"
-START_S = 120
+START_S = 240
 
 
 def picture_stages(folder: Path) -> str:

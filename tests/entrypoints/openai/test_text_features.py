@@ -267,7 +267,7 @@ def test_stops_and_ids(lm: Server, reference: Reference) -> None:
         ({"kv_transfer_params": {"do_remote_prefill": True}}, "kv_transfer_params"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"vllm_xargs": {"a": 1}}, "vllm_xargs"),
-        ({"priority": 3}, "priority"),
+        ({"priority": 3}, "priority"),  # the stage serves requests as they come
         ({"chat_template": "{{ messages }}"}, "chat_template"),
         ({"mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs"),
         ({"tool_choice": "auto"}, "tool_choice"),
@@ -287,7 +287,8 @@ def test_stops_and_ids(lm: Server, reference: Reference) -> None:
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
             "response_format.json_schema.name",
         ),
-        ({"n": 2}, "n"),
+        ({"n": 2}, "n"),  # the same twice: greedy
+        ({"n": 65}, "n"),
         ({"request_id": "../../x"}, "request_id"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"messages": [{"role": "tool", "content": "x", "tool_calls": []}]}, "messages.0.tool_calls"),
@@ -371,6 +372,22 @@ def test_a_reader_that_leaves_ends_the_request(lm: Server) -> None:
         deadline = time.monotonic() + 10
         while lm.http.get("/health").json()["open_requests"]:
             assert time.monotonic() < deadline
+
+
+def test_several_answers(lm: Server) -> None:
+    """Whole and streamed, and as choices of completions; seeded ones are told apart and come again."""
+    body: dict[str, Any] = {"n": 3, "temperature": 1.0, "seed": 4, "max_tokens": 5}
+    answer = ask(lm, **body)
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert answer["usage"]["completion_tokens"] == 15
+    made = ["", "", ""]
+    for chunk in stream(lm, **body):
+        for choice in chunk["choices"]:
+            made[choice["index"]] += choice["delta"].get("content") or ""
+    assert made == texts
+    assert len(ask(lm, COMPLETIONS, prompt=["say", "hear"], **body)["choices"]) == 6
 
 
 def test_fuzz(lm: Server, tmp_path: Path) -> None:

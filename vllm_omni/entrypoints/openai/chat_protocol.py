@@ -163,6 +163,7 @@ class SamplingBody(Body):
     add_special_tokens: bool | None = None
     echo: bool | None = None
     cache_salt: Name | None = None
+    priority: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     request_id: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None

@@ -38,14 +38,15 @@ def ready(request: Request) -> Response | dict[str, Any]:
 async def models(request: Request) -> dict[str, Any]:
     """The names that requests may use."""
     service = service_of(request)
-    return {"object": "list", "data": [_card(service, name) for name in service.names]}
+    names = (*service.names, *sorted(service.adapters))
+    return {"object": "list", "data": [_card(service, name) for name in names]}
 
 
 @router.get("/v1/models/{model:path}")
 async def model(request: Request, model: str) -> dict[str, Any]:
     """One of them."""
     service = service_of(request)
-    if model not in service.names:
+    if model not in service.names and model not in service.adapters:
         raise NotFoundError(f"no model {model!r}", field="model", code="model_not_found")
     return _card(service, model)
 
@@ -57,5 +58,6 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "created": service.started,
         "owned_by": "vllm-omni",
         "root": service.name,
+        **({"parent": service.name} if name in service.adapters else {}),
         "output_modalities": sorted(service.makes),
     }

@@ -87,6 +87,7 @@ def _text(service: Service, args: TextArgs) -> None:
         from vllm_omni.entrypoints.openai.text import Text
 
         service.text = Text(service, args)
+        service.adapters = frozenset(args.adapters())
 
 
 def _serve(args: ServeArgs, text: TextArgs, omni: AsyncOmni, sock: socket.socket, limits: Limits) -> None:

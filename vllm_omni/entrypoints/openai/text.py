@@ -20,11 +20,12 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-from vllm.entrypoints.openai.models.protocol import BaseModelPath, LoRAModulePath
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.exceptions import VLLMClientError, VLLMNotFoundError, VLLMValidationError
+from vllm.lora.request import LoRARequest
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from vllm_omni.entrypoints.openai.errors import field_path
@@ -199,6 +200,8 @@ class Turn(Engine):
             whole["additional_information"] = self._information
         if lora_request is not None:
             whole["lora_request"] = lora_request
+        if priority:
+            whole["priority"] = priority
         if reasoning_ended is not None:
             whole["reasoning_ended"] = reasoning_ended
         if reasoning_parser_kwargs is not None:
@@ -269,8 +272,8 @@ class Text:
         self.engine = engine
         self.max_model_len: int = engine.model_config.max_model_len
         paths = [BaseModelPath(name=name, model_path=engine.model_config.model) for name in service.names]
-        adapters = [LoRAModulePath(name=name, path=path) for name, path in args.adapters().items()]
-        self.models = OpenAIServingModels(engine, paths, lora_modules=adapters or None)
+        self.models = OpenAIServingModels(engine, paths)
+        self._name_adapters(args.adapters(), service.names)
         template = args.template()
         common: dict[str, Any] = {
             "chat_template": template,
@@ -306,6 +309,15 @@ class Text:
             raise ConfigError(f"the parsers do not fit the model: {error}", field="tool_call_parser") from error
         self._completion = _Completion(engine, self.models, online_renderer=self.renderer, request_logger=None, **told)
         self.tokenization = ServingTokenization(self.models, self.renderer, **common)
+
+    def _name_adapters(self, paths: Mapping[str, str], taken: Collection[str]) -> None:
+        """Adapters that requests may name as model; the engine loads one before the first request that does."""
+        if paths and self.engine.vllm_config.lora_config is None:
+            raise ConfigError("lora_modules: the stage takes no adapters; give --enable-lora", field="lora_modules")
+        for number, (name, path) in enumerate(paths.items(), start=1):
+            if name in taken:
+                raise ConfigError(f"lora_modules: {name!r} is the model's own name", field="lora_modules")
+            self.models.lora_requests[name] = LoRARequest(name, number, path)
 
     def chat(self, turn: Turn, defaults: Mapping[str, Any]) -> Any:
         """vLLM's chats over one request; ``defaults`` are the stage's sampling parameters."""

@@ -56,15 +56,15 @@ class TextArgs:
         """Paths by name.
 
         Raises:
-            ConfigError: not ``name=path``, a name twice, no such folder.
+            ConfigError: not ``name=path``, a name twice, no adapter there.
         """
         found: dict[str, str] = {}
         for text in self.lora_modules:
             name, equals, path = text.partition("=")
             if not equals or not name or name in found:
                 raise ConfigError(f"lora_modules: {text!r}: expected name=path, each name once", field="lora_modules")
-            if not Path(path).is_dir():
-                raise ConfigError(f"lora_modules: {name}: no folder {path!r}", field="lora_modules")
+            if not (Path(path) / "adapter_config.json").is_file():
+                raise ConfigError(f"lora_modules: {name}: no adapter_config.json in {path!r}", field="lora_modules")
             found[name] = path
         return found
 
