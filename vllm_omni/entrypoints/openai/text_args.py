@@ -95,11 +95,12 @@ class TextArgs:
         Raises:
             ConfigError: neither a file nor a template.
         """
+        from vllm.exceptions import VLLMClientError
         from vllm.renderers.chat_utils import load_chat_template
 
         try:
             template: str | None = load_chat_template(self.chat_template)
-        except (ValueError, OSError) as error:
+        except (VLLMClientError, ValueError, OSError) as error:
             raise ConfigError(f"chat_template: {error}", field="chat_template") from error
         return template
 
