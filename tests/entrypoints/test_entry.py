@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,9 @@ from vllm.sampling_params import SamplingParams
 from vllm_omni.config.stage import load_stage_configs
 from vllm_omni.entrypoints.entry import entry_options
 from vllm_omni.entrypoints.omni_args import STAGE_CONFIGS
+from vllm_omni.entrypoints.orchestrator import Orchestrator
 from vllm_omni.entrypoints.params import default_params, each, params_for, text_stages
+from vllm_omni.entrypoints.stage_graph import StageGraph, StageNode
 from vllm_omni.errors import RequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.model_executor.voices import check_speaker, voices_of
@@ -99,3 +102,30 @@ def test_voices() -> None:
             check_speaker({"additional_information": {"speaker": wrong}}, voices)
         assert caught.value.details["field"] == "speaker"
         assert caught.value.details["allowed"] == ["chelsie", "ethan"]
+
+
+@pytest.mark.parametrize("kind", [RequestError, IndexError])
+def test_an_error_holds_nothing_of_its_request(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+    """Tensors between stages are free again while somebody still looks at the error."""
+
+    class Tensor:
+        pass
+
+    def look(tensor: Tensor) -> None:
+        raise ValueError("damaged")
+
+    def refuse(tensor: Tensor) -> None:
+        try:
+            look(tensor)
+        except ValueError as error:
+            raise kind("no") from error
+
+    errors: list[Exception] = []
+    orchestrator = Orchestrator(StageGraph([StageNode(0)]), {})
+    monkeypatch.setattr(orchestrator, "_end", lambda flow, error: errors.append(error))
+    tensor, flow = Tensor(), Tensor()
+    held = weakref.ref(tensor), weakref.ref(flow)
+    orchestrator._guarded(flow, 0, refuse, tensor)  # type: ignore[arg-type]
+    del tensor, flow
+    assert [ref() for ref in held] == [None, None]
+    assert errors[0].details["stage_id"] == 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+import traceback
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -305,10 +306,12 @@ class Orchestrator:
     def _note_times(self, visit: _Visit, output: StageOutput) -> None:
         arriving = max(0.0, output.received - visit.submitted - visit.times["wait_s"])
         leaving = time.monotonic() - output.sent
-        visit.times |= {"transfer_s": arriving + leaving, "transfer_in_s": arriving, "transfer_out_s": leaving}
-        visit.times |= {"bytes_in": visit.bytes_in, "bytes_out": visit.bytes_out}
-        visit.times["queue_s"] = output.started - output.received
-        visit.times["run_s"] = output.sent - output.started
+        times = visit.times
+        times["transfer_s"] = arriving + leaving
+        times["transfer_in_s"], times["transfer_out_s"] = arriving, leaving
+        times["bytes_in"], times["bytes_out"] = visit.bytes_in, visit.bytes_out
+        times["queue_s"] = output.started - output.received
+        times["run_s"] = output.sent - output.started
 
     def _complete(self, flow: _Flow) -> bool:
         """Whether no stage has anything to do for the request any more."""
@@ -368,9 +371,20 @@ class Orchestrator:
             action(*args)
         except OmniError as error:
             error.details.setdefault("stage_id", stage_id)
+            _lighten(error)
             self._end(flow, error)
+            del flow, args
         except Exception as error:  # an edge function is foreign code: its error is the request's, not the loop's
             text = f"the input function of stage {stage_id} raised {type(error).__name__}: {error}"
             failure = StageError(text, stage_id=stage_id)
             failure.__cause__ = error
+            _lighten(error)
             self._end(flow, failure)
+            del flow, args
+
+
+def _lighten(error: BaseException) -> None:
+    """Drop the values that the error's traceback holds: whoever keeps the error shall not keep what was on its way
+    between the stages. Who calls this drops its own."""
+    for each in (error, error.__cause__):
+        traceback.clear_frames(None if each is None else each.__traceback__)
