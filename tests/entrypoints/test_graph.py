@@ -43,6 +43,9 @@ async def test_a_chain_runs_every_stage_in_order(start: Start) -> None:
     stages = output.metrics["stages"]
     assert 0 <= stages["0"]["start_s"] < stages["1"]["start_s"] < stages["2"]["start_s"]
     for times in stages.values():
+        sizes = [times.pop(name) for name in ("bytes_in", "bytes_out")]
+        assert all(len("tea") < size < 1000 for size in sizes)
+        assert times["transfer_s"] == pytest.approx(times.pop("transfer_in_s") + times.pop("transfer_out_s"))
         assert set(times) == {"start_s", "wait_s", "transfer_s", "queue_s", "run_s"}
         assert all(0 <= seconds < 5 for seconds in times.values())
     assert sorted(stages) == ["0", "1", "2"]
