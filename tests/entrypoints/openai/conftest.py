@@ -40,13 +40,10 @@ def omni_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="package")
 def omni_server(omni_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Speaks: three engines of vLLM's on the tiny checkpoint, greedy and short."""
-    from transformers import AutoConfig
-
-    from tests.model_executor.qwen3_omni.test_end2end import tiny_stages
+    from tests.model_executor.qwen3_omni.test_end2end import short_stages
 
     folder = tmp_path_factory.mktemp("omni_server")
-    config = AutoConfig.from_pretrained(omni_checkpoint)
-    stages = tiny_stages("qwen3_omni_moe.yaml", config, folder)
+    stages = short_stages(omni_checkpoint, folder)
     media = folder / "media"
     media.mkdir()
     server = Server(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import random
+import re
 import subprocess
 import sys
+import time
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,43 +21,34 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from tests.ar_support import SMALL
 from tests.model_executor.qwen3_omni.support import MODALITIES, Reference, make_prompt
 from vllm_omni.entrypoints.omni import Omni
-from vllm_omni.entrypoints.omni_args import STAGE_CONFIGS
-from vllm_omni.errors import RequestAborted, RequestError
+from vllm_omni.errors import ConfigError, RequestAborted, RequestError
+from vllm_omni.model_executor.tiny_models.stages import tiny_stages
 
 ROOT = Path(__file__).parents[3]
 TOKENS, FRAMES = 8, 12
 
 
-def tiny_stages(name: str, config: Any, folder: Path) -> Path:
-    """A packaged configuration with the sizes of the tiny checkpoint, on the CPU, greedy and short."""
-    values = yaml.safe_load((STAGE_CONFIGS / name).read_text())
-    for stage, limit in zip(values["stage_args"], (TOKENS, FRAMES, None), strict=False):
-        args = {**stage["engine_args"], **SMALL, "max_model_len": 512, "dtype": "float32"}
-        for name in ("gpu_memory_utilization", "max_num_batched_tokens"):
-            args.pop(name, None)
-        if "hidden_layers" in args:
-            args["hidden_layers"] = [config.talker_config.accept_hidden_layer]
-        if stage["stage_type"] == "generation":
-            args.pop("enforce_eager")
-        else:
-            stage["default_sampling_params"] |= {"temperature": 0.0, "max_tokens": limit}
-        stage["engine_args"] = args
-    talker = values["stage_args"][1:2]
-    for stage in talker:
-        stage["default_sampling_params"]["stop_token_ids"] = [config.talker_config.codec_eos_token_id]
+def short_stages(checkpoint: Path, folder: Path) -> Path:
+    """The configuration that comes with the tiny checkpoint, greedy and short, with little KV cache: memory that is not
+    given back is missed soon."""
+    values = tiny_stages(checkpoint)
+    for stage, limit in zip(values["stage_args"], (TOKENS, FRAMES), strict=False):
+        stage["default_sampling_params"] |= {"temperature": 0.0, "max_tokens": limit}
+        stage["engine_args"] |= {"block_size": 32, "num_gpu_blocks_override": 20}
+    values["stage_args"][0]["engine_args"]["scheduling_policy"] = "priority"
+    values["stage_args"][1]["engine_args"]["max_model_len"] = 352
     path = folder / "stages.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
 
 @pytest.fixture(scope="module")
-def stages(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_stages("qwen3_omni_moe.yaml", reference.config, tmp_path_factory.mktemp("stages"))
+def stages(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return short_stages(checkpoint, tmp_path_factory.mktemp("stages"))
 
 
 @pytest.fixture(scope="module")
@@ -110,34 +104,58 @@ def test_nothing_to_speak_is_text_without_sound(omni: Omni, reference: Reference
     assert len(output.outputs[0].token_ids) == 1
 
 
-def test_aborts_under_load(omni: Omni, reference: Reference) -> None:
-    """Of many requests some go away at random points; the others are what they are without that, nothing is left."""
-    prompts = [
-        make_prompt(reference.processor, MODALITIES[i % 3], "say " * (i % 5 + 1), seed=i).ours for i in range(24)
-    ]
-    outputs = ask(omni, prompts)
-    want = [torch.as_tensor(output.multimodal_output["audio"]) for output in outputs[1::2]]
+@pytest.fixture(scope="module")
+def alone(omni: Omni, reference: Reference) -> list[tuple[Any, list[int], torch.Tensor]]:
+    """Ten prompts of three kinds, each run when no other is in the engine: prompt, tokens, samples."""
+    runs = []
+    for i in range(10):
+        prompt = make_prompt(reference.processor, MODALITIES[i % 3], "say " * (i % 5 + 1), seed=i).ours
+        text, sound = ask(omni, [prompt])
+        runs.append((prompt, list(text.outputs[0].token_ids), torch.as_tensor(sound.multimodal_output["audio"])))
+    return runs
+
+
+def test_aborts_under_load(omni: Omni, alone: list[tuple[Any, list[int], torch.Tensor]]) -> None:
+    """Fifty requests, twenty of which go away at random points, some in the middle of their sound: the others are what
+    they are alone, and nothing is left in any stage. The KV caches hold about five requests: stages run out of them."""
     rng = random.Random(0)
-    leaves = {i: rng.randint(1, 8) for i in rng.sample(range(len(prompts)), 9)}
-    seen, got = [0] * len(prompts), [[] for _ in prompts]
+    leaves = {i: rng.randint(1, TOKENS + 2) for i in rng.sample(range(50), 20)}
+    for i in list(leaves)[:8]:
+        leaves[i] = -rng.randint(1, 2)  # pieces of sound
+    seen, heard = [0] * 50, [0] * 50
+    text: list[list[int]] = [[] for _ in range(50)]
+    sound: list[list[torch.Tensor]] = [[] for _ in range(50)]
+    in_sound = 0
 
     def run() -> None:
-        for output in omni.generate(prompts, streaming(omni), py_generator=True, use_tqdm=False, timeout=120):
-            index = int(output.request_id.partition("_")[0])
-            seen[index] += 1
-            if seen[index] == leaves.get(index):
-                omni.abort(output.request_id)
+        nonlocal in_sound
+        prompts = [alone[i % 10][0] for i in range(50)]
+        for output in omni.generate(prompts, streaming(omni), py_generator=True, use_tqdm=False, timeout=300):
+            i = int(output.request_id.partition("_")[0])
+            seen[i] += 1
             if "audio" in output.multimodal_output:
-                got[index].append(torch.as_tensor(output.multimodal_output["audio"]))
+                sound[i].append(torch.as_tensor(output.multimodal_output["audio"]))
+                heard[i] += 1
+            elif output.final_output_type == "text":
+                text[i] += output.outputs[0].token_ids
+            if i in leaves and leaves[i] in (seen[i], -heard[i]):
+                in_sound += heard[i] > 0
+                omni.abort(output.request_id)
 
     with pytest.raises(RequestAborted):
         run()
-    for index, wave_ in enumerate(want):
-        if index not in leaves:
-            torch.testing.assert_close(torch.cat(got[index]), wave_, atol=1e-4, rtol=0)
-    again = ask(omni, prompts[:2])
-    torch.testing.assert_close(torch.as_tensor(again[1].multimodal_output["audio"]), want[0], atol=1e-4, rtol=0)
-    assert all(counts["busy_segments"] == 0 for counts in omni.collective_rpc("omni_counts"))
+    assert in_sound >= 4
+    for i in set(range(50)) - set(leaves):
+        _, tokens, wave_ = alone[i % 10]
+        assert text[i] == tokens
+        torch.testing.assert_close(torch.cat(sound[i]), wave_, atol=1e-4, rtol=0)
+    assert omni._async.orchestrator.open_requests == 0
+    assert all(load.inside == load.waiting == 0 for load in omni._async.orchestrator.loads.values())
+    again = ask(omni, [prompt for prompt, _, _ in alone])
+    for (_, tokens, wave_), out, spoken in zip(alone, again[::2], again[1::2], strict=True):
+        assert list(out.outputs[0].token_ids) == tokens
+        torch.testing.assert_close(torch.as_tensor(spoken.multimodal_output["audio"]), wave_, atol=1e-4, rtol=0)
+    nothing_is_left(omni)
 
 
 def streaming(omni: Omni) -> list[Any]:
@@ -147,17 +165,104 @@ def streaming(omni: Omni) -> list[Any]:
     return params
 
 
+def test_adapters_beside_experts_need_a_gpu(checkpoint: Path, stages: Path, tmp_path: Path) -> None:
+    """Refused before a process is started: vLLM's engine would end of the first step."""
+    values = yaml.safe_load(stages.read_text())
+    values["stage_args"][0]["engine_args"]["enable_lora"] = True
+    path = tmp_path / "stages.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match="enable_lora"):
+        Omni(str(checkpoint), stage_configs_path=str(path))
+
+
+def test_several_answers(omni: Omni, reference: Reference) -> None:
+    """Of text alone; seeded ones are those of the seeds one after another."""
+    prompt = make_prompt(reference.processor, "text").ours
+    sampled = {"temperature": 1.0, "max_tokens": 6, "seed": 5}
+    (output,) = ask(omni, [prompt], sampling_params=SamplingParams(n=3, **sampled), output_modalities=["text"])
+    answers = [list(answer.token_ids) for answer in output.outputs]
+    assert [answer.index for answer in output.outputs] == [0, 1, 2]
+    for i, tokens in enumerate(answers):
+        single = SamplingParams(**{**sampled, "seed": 5 + i})
+        (one,) = ask(omni, [prompt], sampling_params=single, output_modalities=["text"])
+        assert list(one.outputs[0].token_ids) == tokens
+    assert len({tuple(tokens) for tokens in answers}) == 3
+    with pytest.raises(RequestError, match="for text alone"):
+        ask(omni, [prompt], sampling_params=SamplingParams(n=2))
+    pieces: dict[int, list[int]] = {0: [], 1: []}
+    delta = SamplingParams(n=2, output_kind=RequestOutputKind.DELTA, **sampled)
+    for part in omni.generate(prompt, delta, py_generator=True, use_tqdm=False, output_modalities=["text"]):
+        for answer in part.outputs:
+            pieces[answer.index] += answer.token_ids
+    assert list(pieces.values()) == answers[:2]
+    first = next(omni.generate(prompt, delta, py_generator=True, use_tqdm=False, output_modalities=["text"]))
+    omni.abort(first.request_id)
+    assert not omni._async.orchestrator.open_requests
+
+
+def test_one_set_of_parameters_is_for_the_text(omni: Omni, reference: Reference) -> None:
+    prompt = make_prompt(reference.processor, "text")
+    text, sound = ask(omni, [prompt.ours], sampling_params=SamplingParams(temperature=0.0, max_tokens=5), priority=-1)
+    want = reference.speak(prompt, 5, FRAMES)
+    assert list(text.outputs[0].token_ids) == want.tokens
+    torch.testing.assert_close(torch.as_tensor(sound.multimodal_output["audio"]), want.wave, atol=1e-3, rtol=0)
+
+
+def test_a_prompt_that_is_too_long_for_the_talker_alone(omni: Omni, reference: Reference) -> None:
+    """The stage that cannot take it says so; without speech the same prompt is fine."""
+    words, prompt = 20, make_prompt(reference.processor, "image")
+    while len(reference.processor.tokenizer(prompt.text).input_ids) < 400:
+        words += 10
+        prompt = make_prompt(reference.processor, "image", "say " * words)
+    good = make_prompt(reference.processor, "text").ours
+    with pytest.raises(RequestError) as caught:
+        ask(omni, [prompt.ours, good])
+    assert caught.value.details["stage_id"] == 1
+    assert "352" in str(caught.value)
+    spoken = [output for output in caught.value.outputs if output.final_output_type == "audio"]
+    assert [len(output.multimodal_output["audio"]) for output in spoken] == [FRAMES * 1920 - 555]
+    (text,) = ask(omni, [prompt.ours], output_modalities=["text"])
+    assert len(text.outputs[0].token_ids) == TOKENS
+
+
+def nothing_is_left(omni: Omni) -> None:
+    """No request and no shared memory in any stage."""
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while (counts := omni.collective_rpc("omni_counts")) != [{"requests": 0, "busy_segments": 0}] * 3:
+        assert time.monotonic() < deadline, counts
+
+
+@pytest.mark.parametrize("page", ["requests", "streaming"])
+def test_the_pages_examples_run(omni: Omni, page: str) -> None:
+    text = (ROOT / "docs" / "user_guide" / f"{page}.md").read_text()
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "Omni(" not in block]
+    prompt = "<|im_start|>user\nHow does a rainbow come about?<|im_end|>\n<|im_start|>assistant\n"
+    names: dict[str, Any] = {"omni": omni, "prompt": prompt}
+    for block in blocks:
+        exec(block, names)
+    assert blocks
+
+
 def test_one_bad_request_among_good(omni: Omni, reference: Reference) -> None:
     good = make_prompt(reference.processor, "text").ours
-    silent = {**good, "additional_information": {"speaker": "nobody"}}
-    broken = {**make_prompt(reference.processor, "image").ours, "multi_modal_data": {"image": "no picture"}}
-    long = {"prompt": good["prompt"] * 40}
-    for bad, field in ((silent, "speaker"), (broken, "prompt"), (long, "prompt")):
+    image = make_prompt(reference.processor, "image").ours
+    bad: list[tuple[Any, str]] = [
+        ({**good, "additional_information": {"speaker": "nobody"}}, "speaker"),
+        ({**image, "multi_modal_data": {"image": "no picture"}}, "prompt"),
+        ({**image, "multi_modal_data": {}}, "multi_modal_data"),
+        ({**good, "multi_modal_data": {"smell": [1]}}, "prompt"),
+        ({"prompt": good["prompt"] * 40}, "prompt"),
+        ({**good, "priority": "high"}, "priority"),
+    ]
+    for prompt, field in bad:
         with pytest.raises(RequestError) as caught:
-            ask(omni, [good, bad])
+            ask(omni, [good, prompt])
         assert caught.value.details["field"] == field
         finished = [output for output in caught.value.outputs if output.final_output_type == "audio"]
         assert [len(output.multimodal_output["audio"]) for output in finished[:1]] == [FRAMES * 1920 - 555]
+    with pytest.raises(RequestError, match="the voices are"):
+        omni._async.make_request(bad[0][0], None, None)  # before any stage sees it
     assert omni.is_running
 
 

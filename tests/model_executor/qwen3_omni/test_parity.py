@@ -59,6 +59,7 @@ def test_hidden_states(pipeline: Pipeline, reference: Reference, prompts: dict[s
     states = reference.states(prompts[kind], result.tokens)
     for layer in (0, reference.config.talker_config.accept_hidden_layer):
         torch.testing.assert_close(result.rows(f"hidden.{layer}"), states[layer], atol=1e-4, rtol=1e-4)
+    assert ["positions" in payload for payload in result.payloads] == [True] + [False] * (TOKENS - 1)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
