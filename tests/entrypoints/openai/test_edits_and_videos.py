@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.entrypoints.graphs import stage, write
 from tests.entrypoints.openai.server import Server, error_of
+from tests.entrypoints.openai.test_guide import Block, blocks, run_block
 
 EDITS, VIDEOS = "/v1/images/edits", "/v1/videos"
 PIPELINE = "tests.entrypoints.openai.edit_pipeline.InvertPipeline"
@@ -249,6 +250,18 @@ def test_wrong_names(films: Server) -> None:
     assert films.http.get(VIDEOS, params={"after": "none"}).status_code == 404
     assert films.http.post(VIDEOS, data={"prompt": "x"}, files={"input_reference": ("a", b"x")}).status_code == 400
     assert {VIDEOS, VIDEOS + "/sync", VIDEOS + "/{video_id}/content"} <= paths(films)
+
+
+@pytest.mark.parametrize("block", blocks("films"), ids=lambda b: b.language)
+def test_reference_of_videos(films: Server, block: Block, tmp_path: Path) -> None:
+    run_block(block, films, tmp_path)
+    assert len(frames((tmp_path / "waves.mp4").read_bytes())[0]) in (5, 12)
+
+
+@pytest.mark.parametrize("block", blocks("editor"), ids=lambda b: b.language)
+def test_reference_of_edits(editor: Server, block: Block, tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(png())
+    assert "b64_json" in run_block(block, editor, tmp_path)
 
 
 def test_fuzz(films: Server, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ class Block:
 
 
 BLOCKS = [Block(*match) for match in BLOCK.findall(GUIDE.read_text())]
+REFERENCE = [Block(*match) for match in BLOCK.findall((GUIDE.parent / "api_reference.md").read_text())]
 
 
 @pytest.fixture
@@ -64,6 +65,21 @@ def run_block(block: Block, server: Server, folder: Path) -> str:
     return run(
         ["bash", "-ec", text.replace("curl ", f'curl -sSf -H "authorization: Bearer {server.api_key}" ')], folder
     )
+
+
+def blocks(server: str) -> list[Block]:
+    """The requests of the reference for one server."""
+    return [block for block in REFERENCE if block.server == server]
+
+
+@pytest.mark.parametrize("block", blocks("pictures"), ids=lambda b: b.language)
+def test_reference_of_pictures(block: Block, pictures: Server, folder: Path) -> None:
+    run_block(block, pictures, folder)
+
+
+@pytest.mark.parametrize("block", blocks("omni"), ids=lambda b: b.language)
+def test_reference_of_omni_models(block: Block, omni_server: Server, folder: Path) -> None:
+    assert run_block(block, omni_server, folder)
 
 
 def test_the_guide_has_requests() -> None:

@@ -14,6 +14,7 @@ import yaml
 from tests.ar_models import save_lm
 from tests.ar_support import SMALL
 from tests.entrypoints.openai.server import Server, error_of
+from tests.entrypoints.openai.test_guide import Block, blocks, run_block
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TURN: list[Any] = [{"role": "user", "content": "say it again"}]
@@ -388,6 +389,11 @@ def test_several_answers(lm: Server) -> None:
             made[choice["index"]] += choice["delta"].get("content") or ""
     assert made == texts
     assert len(ask(lm, COMPLETIONS, prompt=["say", "hear"], **body)["choices"]) == 6
+
+
+@pytest.mark.parametrize("block", blocks("lm"), ids=lambda b: b.language)
+def test_reference(lm: Server, block: Block, tmp_path: Path) -> None:
+    run_block(block, lm, tmp_path)
 
 
 def test_fuzz(lm: Server, tmp_path: Path) -> None:
