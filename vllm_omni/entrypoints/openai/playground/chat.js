@@ -3,6 +3,7 @@ import { explain, hasKey, stream } from "./api.js";
 import * as attachments from "./attachments.js";
 import { announce, byId, clock, el, sends } from "./dom.js";
 import { TO_ASK, TO_DRAW, ideas } from "./ideas.js";
+import { atEnd, toEnd } from "./end.js";
 import * as fields from "./fields.js";
 import { record as listen } from "./microphone.js";
 import { wake } from "./player.js";
@@ -44,7 +45,7 @@ export async function build(name, chat, stages) {
   byId("record").hidden = !kinds.includes("audio");
   buildSettings();
   describe(kinds);
-  fill(await store.all("turns"));
+  fill((await store.all("turns")).filter((record) => record.model === model));
 }
 
 function fill(all) {
@@ -102,17 +103,6 @@ function changed() {
   byId("new-chat").disabled = shown.length === 0;
 }
 
-// ---------------------------------------------------------------- the end of the page
-
-const atEnd = () => document.documentElement.scrollHeight - innerHeight - scrollY < 80;
-
-function toEnd() {
-  scrollTo({ top: document.documentElement.scrollHeight });
-}
-
-addEventListener("scroll", () => (byId("to-end").hidden = shown.length === 0 || atEnd()), { passive: true });
-byId("to-end").addEventListener("click", toEnd);
-
 // ---------------------------------------------------------------- requests
 
 /** The body of a request whose last turn is `record`. `file` writes a file's data. */
@@ -151,7 +141,7 @@ function settings() {
 
 function newRecord() {
   return {
-    ...{ id: store.newId(), at: Date.now(), words: byId("words").value.trim(), files: tray.files, settings: settings() },
+    ...{ id: store.newId(), at: Date.now(), model, words: byId("words").value.trim(), files: tray.files, settings: settings() },
     ...{ text: "", thoughts: "", sound: null, rate: RATE, pictures: [], metrics: null, tokens: 0, stopped: false },
     seen: { first: null, word: null, sound: null, total: 0 },
   };
@@ -309,10 +299,10 @@ byId("new-chat").addEventListener("click", async () => {
   for (const turn of shown) turn.remove();
   last = records.filter((record) => record.seen.total > 0);
   [records, shown] = [[], []];
-  await store.clear("turns");
   byId("chat-error").textContent = "";
   changed();
   byId("words").focus();
+  await Promise.all(last.map((record) => store.remove("turns", record.id)));
 });
 byId("bring-back").addEventListener("click", async () => {
   fill(last.splice(0));

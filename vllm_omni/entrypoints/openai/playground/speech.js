@@ -34,7 +34,7 @@ export async function build(name, facts, stages) {
   byId("speech-ideas").replaceChildren(...ideas(TO_SAY, byId("input")));
   byId("input").maxLength = facts.parameters.input.maxLength;
   fields.remember(form, `omni.speech.${model}`);
-  for (const record of (await store.all("clips")).reverse()) show(record, played(record.sound, record.rate, "speech"), true);
+  for (const record of (await store.all("clips")).reverse()) if (record.body.model === model) show(record, played(record.sound, record.rate, "speech"), true);
   changed();
 }
 
@@ -162,8 +162,8 @@ byId("speech").addEventListener("keydown", (event) => {
 byId("silence").addEventListener("click", () => running?.abort());
 byId("clear-clips").addEventListener("click", async () => {
   if (!(await sure("Delete all that was spoken?"))) return;
-  for (const { item } of clips) item.remove();
-  clips = [];
-  await store.clear("clips");
+  const gone = clips.splice(0);
+  for (const { item } of gone) item.remove();
   changed();
+  await Promise.all(gone.map(({ record }) => store.remove("clips", record.id)));
 });
