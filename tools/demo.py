@@ -2,7 +2,7 @@
 """Draw a gallery with the model that comes with the package, and show it in the terminal. Run by ``make demo``.
 
 Prints what each part took. The model is tiny (docs/user_guide/default_model.md): it knows simple shapes, colours,
-counts and places, and gets about every second sentence fully right. What the demo shows is the whole way of a
+counts and places, and gets nearly nine of ten sentences fully right. What the demo shows is the whole way of a
 picture: the stage's process, the text encoder, denoising steps shared by the requests, the VAE, and the way back.
 """
 
@@ -24,7 +24,7 @@ PROMPTS = [
     "a house below a yellow sun on a light green background",
     "a picture of two gray crosses on a light pink background",
     "a big striped green heart on a white background",
-    "the word HI on a light blue background",
+    "the word HI in red on a light blue background",
     "a black ring on the left of a black heart on a light yellow background",
     "a purple star above a green square on a pink background",
 ]
