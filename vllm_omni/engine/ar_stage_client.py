@@ -282,6 +282,7 @@ class ARStageClient(StageClient):
         stats = IterationStats() if self._outputs.tracing_enabled else None
         processed = self._outputs.process_outputs(outputs.outputs, outputs.timestamp, stats)
         payloads = {taken.request_id: taken for taken in self._outputs.payloads}
+        self._outputs.payloads = []  # what is not handed on is given up now, not with the next step
         rendered = {output.request_id: output for output in processed.request_outputs}
         if processed.reqs_to_abort:
             self._put(processed.reqs_to_abort)
