@@ -16,22 +16,28 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.diffusion.helpers import FAKE
+from tests.diffusion.helpers import FAKE, wait_until
 from tests.entrypoints.graphs import ask, stage, write
 from vllm_omni import pulse
 from vllm_omni.engine.stage_seam import Vitals
 from vllm_omni.entrypoints import watch
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.errors import ConfigError, StageDeadError
+from vllm_omni.process import WatchedProcess
 
 HANGING = "tests.entrypoints.hanging_stage.HangingStage"
+
+
+HEARTBEAT_S, STALL_S = 3.0, 1.5
+"""A busy machine may let a process wait for a second; an endless loop is told from that by its stall alone."""
 
 
 @pytest.fixture
 async def engine(tmp_path: Path) -> AsyncIterator[AsyncOmni]:
     """One stage that hangs when told to, and one beside it."""
     stages = [stage(i, final="text", engine={"engine_cls": HANGING}) for i in (0, 1)]
-    engine = AsyncOmni(stage_configs_path=write(tmp_path, stages), heartbeat_timeout=1.0, stall_timeout=1.5)
+    limits = {"heartbeat_timeout": HEARTBEAT_S, "stall_timeout": STALL_S}
+    engine = AsyncOmni(stage_configs_path=write(tmp_path, stages), **limits)
     yield engine
     engine.shutdown()
 
@@ -42,7 +48,7 @@ async def run(engine: AsyncOmni, prompt: Any, timeout: float = 20) -> int:
 
 @pytest.mark.parametrize(
     ("how", "limit", "words"),
-    [("freeze", 1.0, "no sign of life"), ("loop", 1.5, "has not moved")],
+    [("freeze", STALL_S, "no sign of life|has not moved"), ("loop", STALL_S, "has not moved")],
 )
 async def test_a_stage_that_hangs(engine: AsyncOmni, how: str, limit: float, words: str) -> None:
     """Its requests fail typed, soon after the limit; health says why; nothing is left."""
@@ -51,7 +57,7 @@ async def test_a_stage_that_hangs(engine: AsyncOmni, how: str, limit: float, wor
     begun = time.monotonic()
     with pytest.raises(StageDeadError, match=words) as caught:
         await run(engine, ask(**{how: True}))
-    assert limit <= time.monotonic() - begun < limit + 2
+    assert limit <= time.monotonic() - begun < limit + 4
     assert caught.value.details["stage_id"] in (0, 1)
     with pytest.raises(StageDeadError, match=words):
         engine.check_alive()
@@ -80,7 +86,7 @@ async def test_an_idle_stage_that_is_frozen(engine: AsyncOmni) -> None:
     begun = time.monotonic()
     while not engine.errored:
         await asyncio.sleep(0.02)
-        assert time.monotonic() - begun < 4
+        assert time.monotonic() - begun < HEARTBEAT_S + 4
     with pytest.raises(StageDeadError, match=r"stage 1: .* no sign of life"):
         engine.check_alive()
 
@@ -96,16 +102,18 @@ async def test_a_rank_that_is_frozen(tmp_path: Path) -> None:
         "distributed_executor_backend": "mp",
     }
     row = {"stage_id": 0, "stage_type": "diffusion", "final_output": True, "final_output_type": "image"}
-    engine = AsyncOmni(stage_configs_path=write(tmp_path, [{**row, "engine_args": args}]), heartbeat_timeout=1.0)
+    engine = AsyncOmni(
+        stage_configs_path=write(tmp_path, [{**row, "engine_args": args}]), heartbeat_timeout=HEARTBEAT_S
+    )
     try:
         (rank,) = engine.stage_infos[0].pids
-        process = psutil.Process(rank)
+        process = WatchedProcess(rank)
         os.kill(rank, signal.SIGSTOP)
         with pytest.raises(StageDeadError, match=rf"rank 0 \(pid {rank}\) hangs"):
             await run(engine, "a cup")
     finally:
         engine.shutdown()
-    assert not psutil.wait_procs([process], 2)[1]
+    wait_until(lambda: not process.is_alive(), 5)
 
 
 def test_only_time_of_looking_counts() -> None:

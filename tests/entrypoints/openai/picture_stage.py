@@ -1,7 +1,7 @@
 """A no-op stage that draws: one colour, of the size asked for. Words in the prompt tell it what to do.
 
-``noise`` draws what cannot be compressed, ``hang`` never answers, ``steps`` reports three steps first, ``kill`` ends the
-process, ``fail`` fails the request, ``slow`` takes a quarter of a second.
+``noise`` draws what cannot be compressed, ``hang`` never answers, ``steps`` reports three steps first, ``kill`` ends
+the process, ``fail`` fails the request, ``slow`` takes a quarter of a second.
 """
 
 from __future__ import annotations
