@@ -15,7 +15,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "zmq": "pyzmq", "huggingface_hub": "transformers"}
 FROM_EXTRAS = {"vllm", "flash_attn", "opentelemetry"}
 # Imported only where another library of the list brings it.
-BROUGHT_ALONG = {"packaging": "transformers", "tokenizers": "transformers", "typing_extensions": "pydantic", "triton": "torch"}
+BROUGHT_ALONG = {
+    "packaging": "transformers",
+    "tokenizers": "transformers",
+    "typing_extensions": "pydantic",
+    "triton": "torch",
+}
 
 
 def test_every_data_file_is_in_the_wheel() -> None:

@@ -211,12 +211,13 @@ class Qwen2_5OmniToken2WavModel(OnePassModel):
 @contextlib.contextmanager
 def _products_as_convolutions() -> Iterator[None]:
     """Matrix products in TF32 where convolutions are (PyTorch's default on a GPU): both make the same sound."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    before = torch.get_float32_matmul_precision()
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high" if torch.backends.cudnn.allow_tf32 else "highest")
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.set_float32_matmul_precision(before)
 
 
 def _split(items: Sequence[int], sizes: Sequence[int], limit: int) -> list[list[int]]:
