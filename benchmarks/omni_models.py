@@ -108,7 +108,9 @@ def stage_file(
         elif stage["stage_id"] == 0:
             args |= thinker_args(name, tiny, thinker_kv)
         elif stage["stage_id"] == 1:
+            compiled = args.get("compilation_config", {})
             args |= {**thinker_args(name, tiny, talker_kv), "gpu_memory_utilization": 0.05}
+            args["compilation_config"] |= compiled
         else:
             args |= {"gpu_memory_utilization": 0.02}
         profiles = os.path.join(os.environ["VLLM_TORCH_PROFILER_DIR"], f"stage_{stage['stage_id']}")

@@ -13,6 +13,8 @@ from vllm_omni.model_executor.tiny_models.qwen3_omni import make_tiny_qwen3_omni
 pytestmark = pytest.mark.gpu
 
 TOKENS, FRAMES = 8, 16
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+"""As the stage configurations have it for the talker."""
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,8 @@ def pipeline(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[tuple
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # the reference runs on the CPU in float32
     stages = StageSet()
-    yield Pipeline(stages, checkpoint, reference.config, enforce_eager=request.param), reference
+    talker = {} if request.param else {"compilation_config": GRAPHS}
+    yield Pipeline(stages, checkpoint, reference.config, enforce_eager=request.param, **talker), reference
     stages.close()
     torch.backends.cudnn.allow_tf32 = allowed
 
