@@ -170,3 +170,22 @@ def test_objects_stand_out(scenes: list[Scene]) -> None:
         outer = scene.items[0]
         assert scene.category == "inside" or all(readable(item, scene.ground) for item in scene.items), scene.caption
         assert readable(outer, scene.ground)
+
+
+def test_the_judge_takes_stripes_and_checks_in_either_order(scenes: list[Scene]) -> None:
+    """A caption names the two colours, not which comes first; a gradient's caption does."""
+    turned = {"striped": 0, "checkerboard": 0, "gradient": 0}
+    accepted = dict(turned)
+    for scene in scenes:
+        ground = scene.ground
+        if ground.pattern not in turned or not judge(picture(scene), scene).right:
+            continue
+        other = dataclasses.replace(scene, ground=dataclasses.replace(ground, first=ground.second, second=ground.first))
+        turned[ground.pattern] += 1
+        accepted[ground.pattern] += judge(picture(other), scene).right
+        wrong = dataclasses.replace(scene, ground=dataclasses.replace(ground, first="gray"))
+        assert not judge(picture(wrong), scene).right, scene.caption
+    assert min(turned.values()) > 5
+    assert accepted["striped"] == turned["striped"]
+    assert accepted["checkerboard"] == turned["checkerboard"]
+    assert accepted["gradient"] < turned["gradient"] / 2

@@ -18,7 +18,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from tools.default_model.glyphs import GLYPHS, STROKES
-from tools.default_model.scene import PALETTE, SHAPES, THINGS, Item, Relation, Scene, background, primitives, rgb, shade
+from tools.default_model.scene import (
+    PALETTE,
+    SHAPES,
+    THINGS,
+    Ground,
+    Item,
+    Relation,
+    Scene,
+    background,
+    primitives,
+    rgb,
+    shade,
+)
 from tools.default_model.shapes import BACKGROUND_FIELDS, TEXTURES, draw
 
 FOREGROUND = 0.17
@@ -314,12 +326,23 @@ def _judge_objects(image: np.ndarray, found: list[Part], scene: Scene) -> list[s
     return best or []
 
 
+def _grounds(ground: Ground) -> tuple[Ground, ...]:
+    """The backgrounds that a caption of ``ground`` describes.
+
+    "White and green stripes" does not say which colour comes first; a gradient's wording does.
+    """
+    if ground.pattern in ("striped", "checkerboard"):
+        return ground, dataclasses.replace(ground, first=ground.second, second=ground.first)
+    return (ground,)
+
+
 def judge(image: np.ndarray, scene: Scene) -> Verdict:
     """Judge a picture.
 
     Args:
         image: (H, W, 3), uint8 or float 0..1.
-        scene: what it should show; places and radii of its items are not looked at, only what the caption says.
+        scene: what it should show; only what the caption says is looked at, so no places and radii of its items, and
+            not which colour of stripes or checks comes first.
 
     Raises:
         ValueError: if the picture has another size than the scene.
@@ -327,8 +350,14 @@ def judge(image: np.ndarray, scene: Scene) -> Verdict:
     if image.shape != (scene.height, scene.width, 3):
         raise ValueError(f"picture of shape {image.shape}; the scene is {(scene.height, scene.width, 3)}")
     pixels = image.astype(np.float32) / (255.0 if image.dtype == np.uint8 else 1.0)
+    verdicts = [_judge_on(pixels, scene, ground) for ground in _grounds(scene.ground)]
+    return next((verdict for verdict in verdicts if verdict.right), verdicts[0])
+
+
+def _judge_on(pixels: np.ndarray, scene: Scene, over: Ground) -> Verdict:
+    """Judge the objects before the background ``over``."""
     empty = torch.full((1, 0, 14), -1.0)
-    ground = draw(empty, torch.from_numpy(background(scene.ground))[None], scene.height, scene.width)
+    ground = draw(empty, torch.from_numpy(background(over))[None], scene.height, scene.width)
     foreground = np.abs(pixels - ground[0].permute(1, 2, 0).numpy()).max(-1) > FOREGROUND
     found = parts(foreground)
     if not found or foreground.mean() > 0.8:
