@@ -131,6 +131,7 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
         self.hidden_projection = ResizeMLP(config)
         self.code_predictor = CodePredictor(config.code_predictor_config)
         self._predict = GraphedBatch(self.code_predictor)
+        self._pad_row: torch.Tensor | None = None
         self._eager: bool = vllm_config.model_config.enforce_eager
         suppressed = torch.arange(text.vocab_size) >= text.vocab_size - CONTROL_IDS
         suppressed[config.codec_eos_token_id] = False
@@ -181,9 +182,15 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
 
     def omni_embed_decode(self, states: Sequence[OmniRequestState], step_idx: Sequence[int]) -> torch.Tensor:
         """Inputs [B, H] of one step of each request: embeddings of its codes plus its text."""
-        codes = torch.stack([state.model["codes"][step] for state, step in zip(states, step_idx, strict=True)])
-        text = torch.stack([self._text_row(state, step) for state, step in zip(states, step_idx, strict=True)])
-        return codes + text
+        made = [state.model["codes"][step] for state, step in zip(states, step_idx, strict=True)]
+        batch, _ = made[0]
+        if [row for _, row in made] == list(range(len(batch))) and all(other is batch for other, _ in made):
+            codes = batch  # the last step's batch goes on as it was
+        else:
+            codes = torch.stack([other[row] for other, row in made])
+        rows = [self._text_row(state, step) for state, step in zip(states, step_idx, strict=True)]
+        pad = self._pad()
+        return codes + (pad if all(row is pad for row in rows) else torch.stack(rows))
 
     def omni_step(
         self,
@@ -202,7 +209,7 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
         residual, total = self._predict(hidden.to(first.dtype), first, greedy, noise)
         total = total + first
         for row, (state, step) in enumerate(zip(states, step_idx, strict=True)):
-            state.model.setdefault("codes", {})[step] = total[row]
+            state.model.setdefault("codes", {})[step] = total, row
         return {"codes": torch.cat([sampled[:, None], residual], dim=1).int()}
 
     def omni_warm_up(self, max_num_seqs: int) -> None:
@@ -264,7 +271,9 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
         return self.text_projection(self.thinker_embedding(ids))
 
     def _step_row(self, state: OmniRequestState, step: int) -> torch.Tensor:
-        return state.model["codes"][step] + self._text_row(state, step)
+        batch, row = state.model["codes"][step]
+        summed: torch.Tensor = batch[row]
+        return summed + self._text_row(state, step)
 
     def _text_row(self, state: OmniRequestState, step: int) -> torch.Tensor:
         """Text conditioning [H] of a step; chunks that have arrived since are projected first."""
@@ -275,18 +284,18 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
                 if "text" in payload:
                     rows.extend(self._project(check_tensor(payload, "text", (None,))))
             state.model["read"] = len(state.chunks) + 1
-        return rows[step] if step < len(rows) else self._pad(state)
+        return rows[step] if step < len(rows) else self._pad()
 
-    def _pad(self, state: OmniRequestState) -> torch.Tensor:
-        if "pad" not in state.model:
-            ids = torch.tensor([self.pad_id], device=self.suppressed.device)
-            state.model["pad"] = self._project(ids)[0]
-        row: torch.Tensor = state.model["pad"]
-        return row
+    def _pad(self) -> torch.Tensor:
+        """Conditioning [H] of a step without text; the same tensor every time."""
+        if self._pad_row is None:
+            self._pad_row = self._project(torch.tensor([self.pad_id], device=self.suppressed.device))[0]
+        return self._pad_row
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the talker's tensors and the thinker's embedding table; the rest of the checkpoint is passed over."""
         predictor: list[tuple[str, torch.Tensor]] = []
+        self._pad_row = None
 
         def others() -> Iterable[tuple[str, torch.Tensor]]:
             for name, tensor in self.hf_to_vllm_mapper.apply(weights):
