@@ -3,7 +3,7 @@
 Writes a table (Markdown), the figures (JSON), a chart and the same prompts side by side for every setting (PNG):
 
     python -m tools.default_model.quality --out docs/assets/default_model --number 60
-    python -m tools.default_model.quality --setting 'cached={"cache_backend": "step"}' --setting 'plain={}'
+    python -m tools.default_model.quality --setting 'bfloat16={"dtype": "bfloat16"}' --setting 'plain={}'
 """
 
 from __future__ import annotations
