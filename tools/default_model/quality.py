@@ -159,7 +159,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure all combinations and write the table, the figures and the pictures."""
+    """Measure all combinations, print the table, and write the figures and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--engine", choices=("omni", "diffusers"), default="omni")
@@ -180,7 +180,6 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     chart(rows).save(args.out / "quality.png")
     sheet(rows).save(args.out / "pictures.png")
-    (args.out / "quality.md").write_text(markdown(rows))
     figures = [{key: value for key, value in row.items() if key != "gallery"} for row in rows]
     (args.out / "quality.json").write_text(json.dumps(figures, indent=1) + "\n")
 
