@@ -30,7 +30,12 @@ def _has_browser() -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave tests out that are marked ``gpu`` or ``browser`` on a machine without one."""
+    """Leave tests out that are marked ``gpu`` or ``browser`` on a machine without one; tests that fork come first.
+
+    Other tests leave threads (Gloo's, OpenMP's) in this process, and a fork may wait for ever for a lock that one of them
+    held.
+    """
+    items.sort(key=lambda item: item.path.name != "test_ar_stage_client.py")
     for name, is_there in (("gpu", _has_gpu), ("browser", _has_browser)):
         marked = [item for item in items if item.get_closest_marker(name)]
         if marked and not is_there():

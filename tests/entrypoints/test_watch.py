@@ -33,7 +33,13 @@ HEARTBEAT_S, STALL_S = 3.0, 1.5
 
 
 @pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[AsyncOmni]:
+def before() -> set[psutil.Process]:
+    """Processes that other tests started and share."""
+    return set(psutil.Process().children(recursive=True))
+
+
+@pytest.fixture
+async def engine(before: set[psutil.Process], tmp_path: Path) -> AsyncIterator[AsyncOmni]:
     """One stage that hangs when told to, and one beside it."""
     stages = [stage(i, final="text", engine={"engine_cls": HANGING}) for i in (0, 1)]
     limits = {"heartbeat_timeout": HEARTBEAT_S, "stall_timeout": STALL_S}
@@ -50,10 +56,12 @@ async def run(engine: AsyncOmni, prompt: Any, timeout: float = 20) -> int:
     ("how", "limit", "words"),
     [("freeze", STALL_S, "no sign of life|has not moved"), ("loop", STALL_S, "has not moved")],
 )
-async def test_a_stage_that_hangs(engine: AsyncOmni, how: str, limit: float, words: str) -> None:
+async def test_a_stage_that_hangs(
+    before: set[psutil.Process], engine: AsyncOmni, how: str, limit: float, words: str
+) -> None:
     """Its requests fail typed, soon after the limit; health says why; nothing is left."""
     assert await run(engine, "hello") == 2
-    children = psutil.Process().children(recursive=True)
+    mine = set(psutil.Process().children(recursive=True)) - before
     begun = time.monotonic()
     with pytest.raises(StageDeadError, match=words) as caught:
         await run(engine, ask(**{how: True}))
@@ -66,8 +74,7 @@ async def test_a_stage_that_hangs(engine: AsyncOmni, how: str, limit: float, wor
     begun = time.monotonic()
     engine.shutdown()
     assert time.monotonic() - begun < 10
-    mine = [child for child in children if child.is_running() and any("stage_process" in w for w in child.cmdline())]
-    assert not mine
+    assert not [child for child in mine if child.is_running() and any("stage_process" in w for w in child.cmdline())]
 
 
 async def test_long_work_is_no_hang(engine: AsyncOmni) -> None:
