@@ -32,8 +32,8 @@ def _has_browser() -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave tests out that are marked ``gpu`` or ``browser`` on a machine without one; tests that fork come first.
 
-    Other tests leave threads (Gloo's, OpenMP's) in this process, and a fork may wait for ever for a lock that one of them
-    held.
+    Other tests leave threads (Gloo's, OpenMP's) in this process, and a fork may wait for ever for a lock that one of
+    them held.
     """
     items.sort(key=lambda item: item.path.name != "test_ar_stage_client.py")
     for name, is_there in (("gpu", _has_gpu), ("browser", _has_browser)):
