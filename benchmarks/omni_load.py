@@ -45,6 +45,8 @@ class Heard:
     audio_at: list[tuple[float, int]] = field(default_factory=list)
     """(time, samples) of each piece of sound."""
     end: float = 0.0
+    stages: dict[Any, Any] = field(default_factory=dict)
+    """What each stage had done when the first piece of sound came (``metrics["stages"]``)."""
 
     @property
     def audio_s(self) -> float:
@@ -102,6 +104,7 @@ def figures(heard: list[Heard], wall: float) -> dict[str, Any]:
             "audio_s_per_s": round(sum(item.audio_s for item in speaking) / wall, 2),
             "silence_ms": round(1000 * max(item.silence for item in speaking), 1),
             "pieces": len(speaking[0].audio_at),
+            "stages_at_first_sound": speaking[-1].stages,
         }
     return out
 

@@ -102,6 +102,7 @@ class Speaker:
                 if not torch.isfinite(torch.as_tensor(audio)).all():
                     raise RuntimeError("the sound is not finite")
                 heard.audio_at.append((at, len(audio)))
+                heard.stages = heard.stages or output.metrics["stages"]
         heard.end = time.perf_counter() - sent
         if len(heard.text_at) != shape.text or bool(heard.audio_at) != bool(shape.frames):
             raise RuntimeError(f"{len(heard.text_at)} tokens and {len(heard.audio_at)} pieces of sound for {shape}")
