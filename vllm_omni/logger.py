@@ -10,14 +10,15 @@ import sys
 
 from vllm_omni import envs
 
-_FORMAT = "%(levelname)s %(asctime)s [%(processName)s] %(name)s: %(message)s"
+_FORMAT = "%(levelname)s %(asctime)s [%(processName)s] %(name)s: %(request)s%(message)s"
+"""``request`` is what a server's filter puts there; nothing elsewhere."""
 _ROOT = "vllm_omni"
 _VLLM = "vllm"
 
 
 def _configure_root() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+    handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S", defaults={"request": ""}))
     for name in (_ROOT, _VLLM):
         root = logging.getLogger(name)
         if not root.handlers:

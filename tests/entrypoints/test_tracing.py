@@ -213,7 +213,7 @@ def test_spans_of_a_server_and_a_kill(tmp_path: Path, collector: Collector) -> N
         **{"OTEL_BSP_SCHEDULE_DELAY": "200"},
     )
     try:
-        headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"}
+        headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01", "x-request-id": "from-gateway"}
         for stream in (False, True):
             ask_for = {"prompt": "steps", "stream": stream}
             assert server.post("/v1/images/generations", ask_for, headers=headers).status_code == 200
@@ -226,6 +226,8 @@ def test_spans_of_a_server_and_a_kill(tmp_path: Path, collector: Collector) -> N
             signal.sigtimedwait([], 0.05)
         roots = spans["omni_request"]
         assert [span.parent_span_id.hex() for span in roots] == ["00f067aa0ba902b7"] * 2
+        named = [item.value.string_value for item in roots[0].attributes if item.key == "omni.request_id"]
+        assert named == ["from-gateway"]
         (name,) = {name for name in spans if name.startswith("stage 0")}
         assert {span.parent_span_id for span in spans[name]} == {span.span_id for span in roots}
         for inner in ("queue", "run", "to stage", "from stage"):

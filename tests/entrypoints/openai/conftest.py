@@ -19,7 +19,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(
         *("--stage-configs-path", path, "--served-model-name", "painter,old-painter,flux", "--omni", "--model", "none"),
         *("--max-queue", "8", "--max-body-bytes", "100000", "--max-generated-image-size", "65536"),
-        *("--body-timeout", "2", "--allowed-origins", "http://page.example"),
+        *("--body-timeout", "2", "--allowed-origins", "http://page.example", "--access-log"),
         api_key="sk-secret-of-the-test",
     )
     yield server

@@ -157,9 +157,10 @@ def test_a_client_that_does_not_read(server: Server, stream: bool) -> None:
     assert process.memory_info().rss - before < 200 * 2**20
 
 
-def test_a_slow_reader_gets_its_answer(server: Server) -> None:
-    """As long as it reads at all, for longer than the time-out."""
-    body = json.dumps({"prompt": "noise", "size": "1024x1024", "n": 2}).encode()
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_slow_reader_gets_its_answer(server: Server, stream: bool) -> None:
+    """As long as it reads at all, for longer than the time-out; a stream's first event alone takes longer."""
+    body = json.dumps({"prompt": "noise", "size": "1024x1024", "n": 2, "stream": stream}).encode()
     answer = bytearray()
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -174,7 +175,11 @@ def test_a_slow_reader_gets_its_answer(server: Server) -> None:
     assert time.monotonic() - begun > 2 * SEND_S
     head, _, content = bytes(answer).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 ")
-    assert len(json.loads(content)["data"]) == 2
+    if stream:
+        assert content.count(b"event: image_generation.completed") == 2
+        assert content.endswith(b"\r\n0\r\n\r\n")
+    else:
+        assert len(json.loads(content)["data"]) == 2
 
 
 CHUNKED = ("Transfer-Encoding: chunked",)

@@ -57,7 +57,11 @@ def build_app(service: Service) -> FastAPI:
         middleware.append(Middleware(TraceContext))
     if args.allowed_origins:
         cors = Middleware(
-            CORSMiddleware, allow_origins=list(args.allowed_origins), allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(args.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
         )
         middleware.insert(0, cors)
     app = FastAPI(

@@ -65,6 +65,9 @@ class ServeArgs:
     """Certificate for https."""
     ssl_keyfile: str | None = None
     """Key of the certificate."""
+    enable_request_id_headers: bool = True
+    """Give every answer the header x-request-id: the client's own name of the request, or a fresh one. The name is in
+    the log and in traces in any case."""
     access_log: bool = False
     """Log a line for each request."""
 

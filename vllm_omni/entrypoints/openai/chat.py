@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from vllm_omni.entrypoints.openai.chat_protocol import PICTURE_FIELDS, ChatCompl
 from vllm_omni.entrypoints.openai.chat_render import check_listed, checked_messages, divided, merged, sampling_params
 from vllm_omni.entrypoints.openai.chat_shapes import OpenAIShape, UpstreamShape
 from vllm_omni.entrypoints.openai.health import service_of
+from vllm_omni.entrypoints.openai.request_ids import request_id
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.streaming import DONE, sse, streamed, while_connected
 from vllm_omni.entrypoints.openai.voices import pick_voice
@@ -83,7 +83,7 @@ async def completions(body: ChatCompletionRequest, request: Request) -> Response
         return await chat_with_pictures(service, body, request)
     chat = _checked(service, body, request)
     if body.stream:
-        return await streamed(request, _streamed(chat), service.args.send_timeout)
+        return await streamed(request, _streamed(chat))
     answer = await while_connected(request.receive, _whole(chat))
     return Response(answer, media_type="application/json")
 
@@ -110,7 +110,7 @@ def _checked(service: Service, body: ChatCompletionRequest, request: Request) ->
             raise RequestError("audio.format: is missing; a stream's is pcm16", field="audio.format")
         if body.audio.format != "pcm16":
             raise RequestError("audio.format: a stream's is pcm16", field="audio.format")
-    return Chat(service, body, body.request_id or new_request_id(), voice)
+    return Chat(service, body, request_id(body.request_id), voice)
 
 
 # ---------------------------------------------------------------- into vLLM's serving code
@@ -286,8 +286,3 @@ async def _mixed(chat: Chat, turn: Turn, pieces: AsyncGenerator[str, None]) -> A
     if usage is not None:
         yield sse(usage)
     yield DONE
-
-
-def new_request_id() -> str:
-    """An id for a request that brings none."""
-    return uuid.uuid4().hex

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -13,6 +12,7 @@ from fastapi import Request, Response
 
 from vllm_omni.entrypoints.openai.chat_protocol import TEXT_ONLY_FIELDS, ChatCompletionRequest, Message
 from vllm_omni.entrypoints.openai.images import encode_base64, parse_size, pictures, with_progress
+from vllm_omni.entrypoints.openai.request_ids import request_id
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.streaming import DONE, sse, streamed, while_connected
 from vllm_omni.errors import RequestError
@@ -73,7 +73,7 @@ async def chat_with_pictures(service: Service, body: ChatCompletionRequest, requ
     if body.negative_prompt is not None:
         prompt = {"prompt": text, "negative_prompt": body.negative_prompt}
     if body.stream:
-        return await streamed(request, _chunks(service, body, prompt, params), service.args.send_timeout)
+        return await streamed(request, _chunks(service, body, prompt, params))
     outputs = await while_connected(request.receive, service.collect(prompt, params, ["image"]))
     data = await service.aside(_answer, service.name, outputs, body.return_stage_metrics)
     return Response(data, media_type="application/json")
@@ -87,7 +87,7 @@ def _parts(outputs: Sequence[OmniRequestOutput]) -> list[dict[str, Any]]:
 def _answer(model: str, outputs: Sequence[OmniRequestOutput], with_metrics: bool) -> bytes:
     message = {"role": "assistant", "content": _parts(outputs), "refusal": None}
     answer = {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "id": f"chatcmpl-{request_id()}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": model,
@@ -102,7 +102,7 @@ def _answer(model: str, outputs: Sequence[OmniRequestOutput], with_metrics: bool
 async def _chunks(
     service: Service, body: ChatCompletionRequest, prompt: str | OmniTextPrompt, params: Sequence[Any]
 ) -> AsyncGenerator[bytes, None]:
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion.chunk", "created": int(time.time())}
+    head = {"id": f"chatcmpl-{request_id()}", "object": "chat.completion.chunk", "created": int(time.time())}
 
     def chunk(delta: dict[str, Any], finish: str | None = None, **more: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_omni.entrypoints.openai.images import Seed
+from vllm_omni.entrypoints.openai.request_ids import PATTERN
 
 MAX_TEXT = 1_000_000
 MAX_INT = 2**31 - 1
@@ -164,7 +165,7 @@ class SamplingBody(Body):
     echo: bool | None = None
     cache_salt: Name | None = None
     priority: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    request_id: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")] | None = None
+    request_id: Annotated[str, Field(pattern=PATTERN)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 

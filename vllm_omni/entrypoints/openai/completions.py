@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from vllm_omni.entrypoints.openai.chat import new_request_id, plain, stage_params
+from vllm_omni.entrypoints.openai.chat import plain, stage_params
 from vllm_omni.entrypoints.openai.chat_protocol import (
     MAX_LIST,
     MAX_TEXT,
@@ -24,6 +24,7 @@ from vllm_omni.entrypoints.openai.chat_protocol import (
 )
 from vllm_omni.entrypoints.openai.chat_render import checked_messages
 from vllm_omni.entrypoints.openai.health import service_of
+from vllm_omni.entrypoints.openai.request_ids import request_id
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.streaming import streamed, while_connected
 from vllm_omni.errors import NotFoundError, RequestError
@@ -85,7 +86,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: needs stream=true", field="stream_options")
     if body.stream:
-        return await streamed(request, _streamed(service, body), service.args.send_timeout)
+        return await streamed(request, _streamed(service, body))
     answer = await while_connected(request.receive, _whole(service, body))
     return Response(answer, media_type="application/json")
 
@@ -101,8 +102,11 @@ async def _begin(service: Service, body: CompletionRequest) -> tuple[Any, Any]:
     given = body.model_fields_set
     turn = Turn(service, stages, service.reader, rest, ["text"], None, "prompt", given)
     with typed_errors("prompt", given):
-        values = {"request_id": new_request_id(), "max_tokens": defaults.get("max_tokens", 16), **fields}
-        plain_request = Plain(**{**values, **vllm_fields(body)}, model=service.adapter(body.model))
+        values = {"max_tokens": defaults.get("max_tokens", 16), **fields}
+        plain_request = Plain(
+            **{**values, **vllm_fields(body), "request_id": request_id(body.request_id)},
+            model=service.adapter(body.model),
+        )
         serving = service.text.completion(turn, defaults)
         return turn, checked(await serving.create_completion(plain_request, None), "prompt", given)
 

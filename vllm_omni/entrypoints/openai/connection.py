@@ -7,6 +7,7 @@ import fcntl
 import resource
 import struct
 import termios
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,12 @@ MAX_HEAD = 64 * 1024
 """Bytes of a request's head at most (one network read more, where they come in one)."""
 SPARE_FILES = 256
 """Open files that are kept for everything else than connections."""
-_REASONS = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
+_REASONS = {
+    400: "Bad Request",
+    408: "Request Timeout",
+    431: "Request Header Fields Too Large",
+    503: "Service Unavailable",
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class Limits:
     header_timeout: float
     send_timeout: float
     connections: int
+    request_ids: bool
+    """Whether answers have the header x-request-id."""
 
 
 def limits_of(args: ServeArgs) -> Limits:
@@ -53,7 +61,7 @@ def limits_of(args: ServeArgs) -> Limits:
         )
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return Limits(args.header_timeout, args.send_timeout, max(1, wanted - SPARE_FILES))
+    return Limits(args.header_timeout, args.send_timeout, max(1, wanted - SPARE_FILES), args.enable_request_id_headers)
 
 
 class Connection(HttpToolsProtocol):
@@ -112,10 +120,17 @@ class Connection(HttpToolsProtocol):
         body = error_body(message, status)
         head = (
             f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n"
         )
+        if self._limits.request_ids:
+            head += f"x-request-id: {uuid.uuid4().hex}\r\n"
+        head += "\r\n"
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called when what came is no HTTP."""
+        self._refuse(400, msg)
 
     def pause_writing(self) -> None:
         """Called when the client does not take what it was sent."""

@@ -162,7 +162,7 @@ async def drawn(
 ) -> Response:
     """The answer to a request for pictures, or its stream, whose events begin with ``event``."""
     if body.stream:
-        return await streamed(request, _events(service, body, prompt, params, event), service.args.send_timeout)
+        return await streamed(request, _events(service, body, prompt, params, event))
     outputs = await while_connected(request.receive, service.collect(prompt, params, ["image"]))
     small = sum(image.width * image.height for output in outputs for image in output.images) <= SMALL
     answer = _answer(body, outputs) if small else await service.aside(_answer, body, outputs)

@@ -18,6 +18,7 @@ from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.openai.args import ServeArgs
 from vllm_omni.entrypoints.openai.connection import Connection, Limits, limits_of
+from vllm_omni.entrypoints.openai.request_ids import RequestIds, name_in_log
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.text_args import TextArgs
 from vllm_omni.entrypoints.stage_arguments import runs_on_vllm
@@ -94,13 +95,14 @@ def _serve(args: ServeArgs, text: TextArgs, omni: AsyncOmni, sock: socket.socket
     model = next((str(s.engine_args["model"]) for s in omni.pipeline.stages if "model" in s.engine_args), "model")
     service = Service(omni, args, args.served_model_name or (model,))
     _text(service, text)
+    name_in_log()
     config = uvicorn.Config(
-        build_app(service),
+        RequestIds(build_app(service), args.enable_request_id_headers, args.access_log),
         http=functools.partial(Connection, limits=limits),  # type: ignore[arg-type]
         loop="uvloop",
         proxy_headers=args.access_log,
         log_config=None,
-        access_log=args.access_log,
+        access_log=False,
         server_header=False,
         backlog=BACKLOG,
         timeout_graceful_shutdown=max(1, round(args.drain_timeout)),

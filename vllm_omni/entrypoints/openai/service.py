@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.args import ServeArgs
 from vllm_omni.entrypoints.openai.metrics import Metrics, RequestWatch
+from vllm_omni.entrypoints.openai.request_ids import request_id
 from vllm_omni.entrypoints.openai.trace_context import trace_headers
 from vllm_omni.entrypoints.openai.video_jobs import VideoJobs
 from vllm_omni.entrypoints.openai.voices import voices_of
@@ -143,7 +143,7 @@ class Service:
         params: Sequence[OmniSamplingParams],
         modalities: Sequence[str],
         on_progress: Callable[[int, int, int], None] | None = None,
-        request_id: str | None = None,
+        name: str | None = None,
         on_preview: Callable[[int, Preview], None] | None = None,
     ) -> AsyncGenerator[OmniRequestOutput, None]:
         """Run an admitted request; yields outputs as they come. Closing the generator aborts it.
@@ -160,7 +160,7 @@ class Service:
 
         outputs = self.omni.generate(
             prompt,
-            request_id or uuid.uuid4().hex,
+            name or request_id(),
             params,
             output_modalities=modalities,
             timeout=self.args.request_timeout,

@@ -15,10 +15,11 @@ from fastapi import APIRouter, Request, Response
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from vllm_omni.entrypoints.openai.body_route import BodyRoute
-from vllm_omni.entrypoints.openai.chat import Chat, begin, new_request_id
+from vllm_omni.entrypoints.openai.chat import Chat, begin
 from vllm_omni.entrypoints.openai.chat_protocol import MAX_INT, ChatCompletionRequest
 from vllm_omni.entrypoints.openai.health import service_of
 from vllm_omni.entrypoints.openai.images import Seed
+from vllm_omni.entrypoints.openai.request_ids import request_id
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.sound import CONTENT_TYPES, encode_sound, pcm16, samples_of, wav_head
 from vllm_omni.entrypoints.openai.streaming import sse, streamed, while_connected
@@ -77,7 +78,7 @@ async def speech(body: SpeechRequest, request: Request) -> Response:
         as_events = body.stream_format == "sse"
         kind = "text/event-stream" if as_events else CONTENT_TYPES[body.response_format]
         pieces = _events(service, body, run) if as_events else _sound(service, body, run, {})
-        return await streamed(request, pieces, service.args.send_timeout, kind, *(() if as_events else (None,)))
+        return await streamed(request, pieces, kind, *(() if as_events else (None,)))
     outputs = await while_connected(request.receive, service.collect(*run))
     data = await service.aside(_whole, outputs, body.response_format)
     return Response(data, media_type=CONTENT_TYPES[body.response_format])
@@ -90,7 +91,7 @@ async def _prepared(service: Service, body: SpeechRequest, voice: str | None) ->
     chat = ChatCompletionRequest.model_validate(
         {"messages": [turn], "seed": body.seed, "max_tokens": body.max_new_tokens, "stream": True}
     )
-    begun, _ = await begin(Chat(service, chat, new_request_id(), voice))
+    begun, _ = await begin(Chat(service, chat, request_id(), voice))
     prompt, params = begun.made
     return prompt, params, ["audio"]
 

@@ -67,7 +67,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class StreamedResponse(Response):
-    """An answer in pieces. Closes ``pieces`` when the client goes away or reads too slowly.
+    """An answer in pieces. Closes ``pieces`` when the client goes away; ``Connection`` cuts off one that reads nothing.
 
     Args:
         pieces: bytes to send, the first ones given apart.
@@ -79,14 +79,12 @@ class StreamedResponse(Response):
         first: bytes,
         pieces: AsyncGenerator[bytes, None],
         media_type: str,
-        send_timeout: float,
         on_error: Callable[[OmniError], bytes] | None,
     ) -> None:
         super().__init__(None, 200, {"cache-control": "no-cache", "x-accel-buffering": "no"}, media_type)
         del self.headers["content-length"]
         self._first = first
         self._pieces = pieces
-        self._send_timeout = send_timeout
         self._on_error = on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,11 +100,6 @@ class StreamedResponse(Response):
             await self._put(send, self._first)
             async for piece in self._pieces:
                 await self._put(send, piece)
-        except TimeoutError as error:
-            if not isinstance(error, OmniError):
-                logger.warning("a client read nothing for %g s; its request is dropped", self._send_timeout)
-                return
-            await self._report(send, error)
         except OmniError as error:
             await self._report(send, error)
         else:
@@ -120,8 +113,7 @@ class StreamedResponse(Response):
             await self._put(send, b"", more=False)
 
     async def _put(self, send: Send, body: bytes, more: bool = True) -> None:
-        async with asyncio.timeout(self._send_timeout):
-            await send({"type": "http.response.body", "body": body, "more_body": more})
+        await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 def sse_error(error: OmniError) -> bytes:
@@ -133,7 +125,6 @@ def sse_error(error: OmniError) -> bytes:
 async def streamed(
     request: Request,
     pieces: AsyncGenerator[bytes, None],
-    send_timeout: float,
     media_type: str = "text/event-stream",
     on_error: Callable[[OmniError], bytes] | None = sse_error,
 ) -> Response:
@@ -151,4 +142,4 @@ async def streamed(
     except BaseException:
         await pieces.aclose()
         raise
-    return StreamedResponse(head, pieces, media_type, send_timeout, on_error)
+    return StreamedResponse(head, pieces, media_type, on_error)

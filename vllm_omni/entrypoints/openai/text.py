@@ -219,7 +219,7 @@ class Turn(Engine):
         self, prompt: OmniEnginePrompt, params: Sequence[OmniSamplingParams], request_id: str
     ) -> AsyncGenerator[Any, None]:
         try:
-            outputs = self._service.stream(prompt, params, self._modalities, request_id=request_id)
+            outputs = self._service.stream(prompt, params, self._modalities, name=request_id)
             async with aclosing(outputs):
                 async for output in outputs:
                     self.metrics = output.metrics
