@@ -7,18 +7,23 @@ rate between two anti-aliasing filters. Module names are those of the checkpoint
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm_omni.model_executor.layers.graphed import record
 from vllm_omni.model_executor.layers.snake import SnakeBeta
 
 _TAPS = 12
 _MIN_DB = -115.0
 _REFERENCE_DB = 20.0
+_REPLAYED = 2
+"""Requests of a batch that a graph decodes one after another; more of them fill the GPU when they run together."""
 
 
 def kaiser_sinc_filter(cutoff: float, half_width: float, taps: int) -> torch.Tensor:
@@ -109,6 +114,8 @@ class BigVGAN(nn.Module):
         )
         self.activation_post = AntiAliasedSnake(width >> len(rates))
         self.conv_post = nn.Conv1d(width >> len(rates), 1, 7, padding=3, bias=False)
+        self.reach = _reach(config)
+        """Mel frames to either side that a frame's samples depend on."""
 
     def forward(self, mel_BCM: torch.Tensor) -> torch.Tensor:
         x_BCT = self.conv_pre(_normalise(mel_BCM))
@@ -120,6 +127,65 @@ class BigVGAN(nn.Module):
                 total = total + block(x_BCT)
             x_BCT = total / self.kernels
         return self.conv_post(self.activation_post(x_BCT)).clamp(-1, 1).squeeze(1)
+
+
+def _reach(config: Any) -> int:
+    """Mel frames on either side that a sample depends on, counted from the waveform back and rounded up."""
+    snake = _TAPS // 2
+    blocks = []
+    for kernel, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True):
+        blocks.append(sum((kernel - 1) * (dilation + 1) // 2 + 2 * snake for dilation in dilations))
+    reach = 3 + snake
+    for rate, kernel in reversed(list(zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True))):
+        reach = math.ceil((reach + max(blocks) + kernel) / rate)
+    return reach + 3
+
+
+class GraphedVocoder:
+    """``BigVGAN`` as a CUDA graph for each of a few lengths of one request; other lengths, and larger batches, run it
+    as it is. What a call returns is not touched by later calls."""
+
+    def __init__(self, vocoder: BigVGAN) -> None:
+        self._vocoder = vocoder
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Captured lengths in mel frames, in order."""
+        return sorted(self._captured)
+
+    def capture(self, lengths: Sequence[int], tried: Sequence[int] = ()) -> None:
+        """Capture a graph for each of ``lengths`` mel frames.
+
+        Args:
+            lengths: mel frames.
+            tried: the lengths for which convolutions try their algorithms, since the libraries' first guess for short
+                signals is a slow one. It takes seconds a length.
+        """
+        pool = None
+        weight = self._vocoder.conv_pre.weight
+        for length in sorted(lengths, reverse=True):  # the largest first: the others fit into its memory
+            mel = weight.new_zeros(1, weight.shape[1], length)
+            with torch.backends.cudnn.flags(
+                enabled=True, benchmark=length in tried, allow_tf32=torch.backends.cudnn.allow_tf32
+            ):
+                graph, wave = record(functools.partial(self._vocoder.forward, mel), pool)
+            pool = graph.pool()
+            self._captured[length] = graph, mel, wave
+
+    def __call__(self, mel_BCM: torch.Tensor) -> torch.Tensor:
+        """Waveforms [B, M * hop]."""
+        batch, _, length = mel_BCM.shape
+        if batch > _REPLAYED or length not in self._captured:
+            wave: torch.Tensor = self._vocoder(mel_BCM)
+            return wave
+        graph, buffer, out = self._captured[length]
+        waves = []
+        for row in mel_BCM.split(1):
+            buffer.copy_(row)
+            graph.replay()
+            waves.append(out.clone())
+        return torch.cat(waves)
 
 
 def _normalise(mel: torch.Tensor) -> torch.Tensor:

@@ -32,12 +32,9 @@ class BlockLayout:
     """[N, S, 1, head_dim] rotary table by the frame's number within its request, both of a pair alike."""
     sin: torch.Tensor
     """Same shape as ``cos``."""
-    valid: torch.Tensor
-    """[N, S] bool: frame is no padding."""
-    back: torch.Tensor
-    """[N, S] bool: the frames of the block before that may be attended to (none in a request's first block)."""
-    ahead: torch.Tensor
-    """[N, S] bool: the same for the block after."""
+    frames: torch.Tensor
+    """[N, 3] int32: how many frames of the block before, of the block itself (the others are padding) and of the block
+    after count. A request's first block has none before it, its last block none after it."""
     padded: bool
     """Whether any frame is padding."""
 
@@ -45,13 +42,8 @@ class BlockLayout:
         """[N, 1, 1, keys] bool for a layer that looks at the given neighbours; ``None`` when everything is allowed."""
         if not (look_back or look_ahead or self.padded):
             return None
-        parts = [self.back] * look_back + [self.valid] + [self.ahead] * look_ahead
-        return torch.cat(parts, dim=1)[:, None, None]
-
-
-class _NoAffineNorm(nn.LayerNorm):
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, elementwise_affine=False, eps=_EPS)
+        counts = self.frames[:, 1 - look_back : 2 + look_ahead, None]
+        return (torch.arange(self.cos.shape[1], device=counts.device) < counts).flatten(1)[:, None, None]
 
 
 class _Modulation(nn.Module):
@@ -85,19 +77,24 @@ class _Attention(nn.Module):
         self._joined = torch.cat([*weights, *turned]).detach(), torch.cat([*biases, *turned_biases]).detach()
 
     def forward(
-        self, x_NSC: torch.Tensor, layout: BlockLayout, mask: torch.Tensor | None, look_back: bool, look_ahead: bool
+        self, x_NSC: torch.Tensor, layout: BlockLayout, look_back: bool, look_ahead: bool, fused: bool
     ) -> torch.Tensor:
         if self._joined is None:
             self.join()
         assert self._joined is not None
         out = F.linear(x_NSC, *self._joined)
+        if fused:
+            from vllm_omni.model_executor.models.qwen2_5_omni.dit_kernels import block_attention
+
+            mixed = block_attention(out, layout.cos, layout.sin, layout.frames, self.heads, look_back, look_ahead)
+            return self.to_out[0](mixed)
         width = 3 * self.heads * self.head_dim
         qkv_NS3HD = out[..., :width].unflatten(-1, (3, self.heads, self.head_dim))
         turned_NS2D = out[..., width:].unflatten(-1, (2, self.head_dim))
         qkv_NS3HD[:, :, :2, 0].mul_(layout.cos).addcmul_(turned_NS2D, layout.sin)
         q, k, v = qkv_NS3HD.permute(2, 0, 3, 1, 4)
         k, v = _with_neighbours(k, look_back, look_ahead), _with_neighbours(v, look_back, look_ahead)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask(look_back, look_ahead))
         return self.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
@@ -131,15 +128,6 @@ class _Layer(nn.Module):
         self.attn_norm = _Modulation(config.hidden_size, 6)
         self.attn = _Attention(config)
         self.ff = _FeedForward(config.hidden_size, config.ff_mult)
-        self.norm = _NoAffineNorm(config.hidden_size)
-
-    def forward(self, x_NSC: torch.Tensor, modulation: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(6)
-        mask = layout.mask(self.look_back, self.look_ahead)
-        normed = torch.addcmul(shift, self.norm(x_NSC), scale)
-        x_NSC = torch.addcmul(x_NSC, gate, self.attn(normed, layout, mask, self.look_back, self.look_ahead))
-        normed = torch.addcmul(shift_ff, self.norm(x_NSC), scale_ff)
-        return torch.addcmul(x_NSC, gate_ff, self.ff(normed))
 
 
 class _InputEmbed(nn.Module):
@@ -185,8 +173,9 @@ class CodecDiT(nn.Module):
         self.input_embed = _InputEmbed(config)
         self.transformer_blocks = nn.ModuleList(_Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm_out = _Modulation(config.hidden_size, 2)
-        self.norm = _NoAffineNorm(config.hidden_size)
         self.proj_out = nn.Linear(config.hidden_size, config.mel_dim)
+        self.fused = False
+        """Whether kernels run what stands between the products."""
 
     @property
     def num_codes(self) -> int:
@@ -195,31 +184,19 @@ class CodecDiT(nn.Module):
 
     def layout(self, frames: Sequence[int]) -> BlockLayout:
         """Layout of requests with ``frames[i]`` mel frames, each starting a new block."""
-        size, device = self.config.block_size, self.proj_out.weight.device
-        valid, position, back, ahead = [], [], [], []
+        size, dim, device = self.config.block_size, self.config.head_dim, self.proj_out.weight.device
+        rows = []
         for count in frames:
-            blocks = -(-count // size)
-            index = torch.arange(blocks * size).view(blocks, size)
-            own = index < count
-            none = torch.zeros(1, size, dtype=torch.bool)
-            position.append(index)
-            valid.append(own)
-            back.append(torch.cat([none, own[:-1]]))
-            ahead.append(torch.cat([own[1:], none]))
-        dim = self.config.head_dim
-        inv_freq = 1.0 / (
-            self.config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
-        )
-        angles = (torch.cat(position)[:, :, None, None].float() * inv_freq).repeat_interleave(2, dim=-1)
-        own = torch.cat(valid)
-        return BlockLayout(
-            cos=angles.cos().to(device),
-            sin=angles.sin().to(device),
-            valid=own.to(device),
-            back=torch.cat(back).to(device),
-            ahead=torch.cat(ahead).to(device),
-            padded=not bool(own.all()),
-        )
+            full, rest = divmod(count, size)
+            own = [size] * full + [rest] * bool(rest)
+            rows += list(zip(range(len(own)), [0, *own[:-1]], own, [*own[1:], 0], strict=True))
+        table = torch.tensor(rows, dtype=torch.int32).to(device)
+        index = table[:, :1] * size + torch.arange(size, device=device)
+        theta = self.config.rope_parameters["rope_theta"]
+        inv_freq = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)).to(device)
+        angles = (index[:, :, None, None].float() * inv_freq).repeat_interleave(2, dim=-1)
+        padded = any(count % size for count in frames)
+        return BlockLayout(angles.cos(), angles.sin(), table[:, 1:].contiguous(), padded)
 
     def voice_vectors(self, ref_mel_MC: torch.Tensor, speaker_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a voice adds to every frame before the first layer, [C] each: with the voice, and without it."""
@@ -260,16 +237,71 @@ class CodecDiT(nn.Module):
         modulation: tuple[list[torch.Tensor], torch.Tensor],
         layout: BlockLayout,
     ) -> torch.Tensor:
-        """Velocity [N, S, mel_dim] at packed frames ``x``.
+        """Velocities at packed frames ``x``, one [S, mel_dim] a block of ``condition``.
 
         Args:
-            x_NSM: noisy mel frames.
-            condition_NSC: voice and code rows of each frame (``voice_vectors`` + ``code_rows``).
+            x_NSM: noisy mel frames, N blocks.
+            condition_NSC: voice and code rows of each frame (``voice_vectors`` + ``code_rows``). With several times N
+                blocks (guidance), each N of them see the same ``x`` and give a velocity.
             modulation: one row of each table of ``modulations``.
-            layout: of the packed blocks.
+            layout: of the blocks of ``condition_NSC``.
         """
         layers, (scale, shift) = modulation[0], modulation[1].chunk(2)
-        h = F.linear(x_NSM, self.input_embed.proj.weight[:, : self.input_embed.sizes[0]]) + condition_NSC
-        for layer, row in zip(self.transformer_blocks, layers, strict=True):
-            h = layer(h, row, layout)
-        return self.proj_out(torch.addcmul(shift, self.norm(h), scale))
+        rows = [row.chunk(6) for row in layers]
+        x = F.linear(x_NSM, self.input_embed.proj.weight[:, : self.input_embed.sizes[0]])
+        x = (condition_NSC.unflatten(0, (-1, len(x))) + x).flatten(0, 1)
+        normed = self._norm(x, rows[0][1], rows[0][0])
+        for i, layer in enumerate(self.transformer_blocks):
+            _, _, gate, shift_ff, scale_ff, gate_ff = rows[i]
+            mixed = layer.attn(normed, layout, layer.look_back, layer.look_ahead, self.fused)
+            x, normed = self._add_norm(x, mixed, gate, scale_ff, shift_ff)
+            after = rows[i + 1][1::-1] if i + 1 < len(rows) else (scale, shift)
+            x, normed = self._add_norm(x, layer.ff(normed), gate_ff, *after)
+        return self.proj_out(normed)
+
+    def _norm(self, x_NSC: torch.Tensor, scale_C: torch.Tensor, shift_C: torch.Tensor) -> torch.Tensor:
+        if self.fused:
+            from vllm_omni.model_executor.models.qwen2_5_omni.dit_kernels import norm_modulate
+
+            return norm_modulate(x_NSC, scale_C, shift_C, _EPS)
+        return torch.addcmul(shift_C, F.layer_norm(x_NSC, x_NSC.shape[-1:], eps=_EPS), scale_C)
+
+    def _add_norm(
+        self,
+        x_NSC: torch.Tensor,
+        y_NSC: torch.Tensor,
+        gate_C: torch.Tensor,
+        scale_C: torch.Tensor,
+        shift_C: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + gate * y, and its norm, scaled and shifted."""
+        if self.fused:
+            from vllm_omni.model_executor.models.qwen2_5_omni.dit_kernels import add_norm_modulate
+
+            return add_norm_modulate(x_NSC, y_NSC, gate_C, scale_C, shift_C, _EPS)
+        total = torch.addcmul(x_NSC, gate_C, y_NSC)
+        return total, self._norm(total, scale_C, shift_C)
+
+    def use_kernels(self) -> str | None:
+        """Run what stands between the products as kernels, on a GPU; if they do not work here, say why."""
+        from vllm_omni.model_executor.layers.snake_kernel import check
+
+        generator = torch.Generator().manual_seed(0)
+        size, weight = self.config.block_size, self.proj_out.weight
+        layout = self.layout([size * 3, size + 1])
+        shape = (len(layout.cos), size, self.config.hidden_size)
+        x = torch.randn(shape, generator=generator).to(weight)
+        row = 1 + torch.randn(5, shape[-1], generator=generator).to(weight) / 8
+        kinds = {(layer.look_back, layer.look_ahead): layer for layer in self.transformer_blocks}
+
+        def run() -> torch.Tensor:
+            out = [self._norm(x, row[0], row[1]), *self._add_norm(x, x, row[2], row[3], row[4])]
+            out += [layer.attn(x, layout, *kind, self.fused) for kind, layer in kinds.items()]
+            return torch.stack(out)
+
+        self.fused = False
+        want = run()
+        self.fused = True
+        wrong = check(run, want)
+        self.fused = wrong is None
+        return wrong

@@ -5,17 +5,22 @@ The solver is the "3/8 rule" of fourth order. Chen et al., "F5-TTS", 2024 (sway 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from vllm_omni.errors import RequestError
 from vllm_omni.model_executor.layers.graphed import record
 from vllm_omni.model_executor.models.qwen2_5_omni.dit import BlockLayout, CodecDiT
 
 _GUIDED_ABOVE = 1e-5
+_KEPT_SETTINGS = 4
+_KEPT_STEPS = 32
+"""Tables of the most recent settings of at most so many steps are kept; a step takes 2 MB in the released size."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +68,88 @@ class FlowInput:
     """Initial noise."""
 
 
-class GraphedFlow:
-    """``CodecDiT`` as CUDA graphs, one for each of a few numbers of blocks; other numbers, and a CPU, run it as it is.
+@dataclass
+class _Fixed:
+    """What stays the same over the steps of a sampling, for n blocks."""
 
-    ``begin`` sets what stays the same over the evaluations of a sampling. Blocks that fill up to a captured number see
-    none but themselves.
+    condition: torch.Tensor
+    """[2n, S, C], with voice and codes and then without; [n, S, C] where nothing is guided."""
+    layout: BlockLayout
+    """Of the blocks of ``condition``."""
+    guidance: torch.Tensor
+    """One more than the guidance scale, without dimensions."""
+
+
+def _step(
+    dit: CodecDiT, x_NSM: torch.Tensor, fixed: _Fixed, modulation_4W: torch.Tensor, size: torch.Tensor
+) -> torch.Tensor:
+    """One step of length ``size`` (without dimensions); a row of ``modulation`` is a row of every table, joined."""
+    sizes = [6 * dit.config.hidden_size] * dit.config.num_hidden_layers + [2 * dit.config.hidden_size]
+
+    def velocity(evaluation: int, value: torch.Tensor) -> torch.Tensor:
+        *layers, out = modulation_4W[evaluation].split(sizes)
+        found = dit(value, fixed.condition, (layers, out), fixed.layout)
+        if len(found) == len(value):
+            return found
+        with_voice, without = found.chunk(2)
+        return torch.lerp(without, with_voice, fixed.guidance)
+
+    k1 = velocity(0, x_NSM)
+    k2 = velocity(1, torch.addcmul(x_NSM, k1, size / 3))
+    k3 = velocity(2, torch.addcmul(x_NSM, k2 - k1 / 3, size))
+    k4 = velocity(3, torch.addcmul(x_NSM, k1 - k2 + k3, size))
+    return torch.addcmul(x_NSM, k1 + 3 * (k2 + k3) + k4, size / 8)
+
+
+class _CapturedStep:
+    """One step of a guided sampling of up to ``blocks`` blocks as a CUDA graph that works on buffers.
+
+    Blocks that fill up to ``blocks`` see none but themselves.
+    """
+
+    def __init__(self, dit: CodecDiT, blocks: int, pool: Any) -> None:
+        config, weight = dit.config, dit.proj_out.weight
+        frames = config.block_size
+        self.x = weight.new_zeros(blocks, frames, config.mel_dim)
+        self.layout = dit.layout([frames] * 2 * blocks)
+        self.layout.padded = True
+        self._alone = torch.tensor([0, frames, 0], dtype=torch.int32, device=weight.device)
+        condition = weight.new_zeros(2 * blocks, frames, config.hidden_size)
+        self.fixed = _Fixed(condition, self.layout, weight.new_ones(()))
+        self.modulation = weight.new_zeros(4, config.hidden_size * (6 * config.num_hidden_layers + 2))
+        self.size = weight.new_zeros(())
+        self.graph, _ = record(lambda: self.x.copy_(_step(dit, self.x, self.fixed, self.modulation, self.size)), pool)
+
+    def begin(self, x: torch.Tensor, fixed: _Fixed) -> None:
+        """Copy what a sampling starts from."""
+        count, most, mine = len(x), len(self.x), self.layout
+        self.x[:count].copy_(x)
+        self.fixed.guidance.copy_(fixed.guidance)
+        halves = fixed.condition.chunk(2) if len(fixed.condition) > count else (fixed.condition, fixed.condition)
+        for start, condition in zip((0, most), halves, strict=True):
+            part = slice(start, start + count)
+            self.fixed.condition[part].copy_(condition)
+            for name in ("cos", "sin", "frames"):
+                getattr(mine, name)[part].copy_(getattr(fixed.layout, name)[:count])
+            mine.frames[start + count : start + most] = self._alone
+
+    def __call__(self, modulation_4W: torch.Tensor, size: torch.Tensor) -> None:
+        """One step of ``x``."""
+        self.modulation.copy_(modulation_4W)
+        self.size.copy_(size)
+        self.graph.replay()
+
+
+class MelSampler:
+    """Runs the flow for batches of requests; keeps the modulation tables of a few sets of time points.
+
+    Build a new one when the weights of ``dit`` change.
     """
 
     def __init__(self, dit: CodecDiT) -> None:
-        self._dit = dit
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, _Buffers, torch.Tensor]] = {}
-        self._current: int | None = None
+        self.dit = dit
+        self._captured: dict[int, _CapturedStep] = {}
+        self._tables: dict[FlowSettings, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def sizes(self) -> list[int]:
@@ -81,96 +157,11 @@ class GraphedFlow:
         return sorted(self._captured)
 
     def capture(self, sizes: Sequence[int]) -> None:
-        """Capture a graph for each number of blocks."""
+        """Capture a step for each number of blocks of a batch; other numbers, and a CPU, run it as it is."""
         pool = None
-        for size in sorted(sizes, reverse=True):
-            buffers = _Buffers.make(self._dit, size)
-            graph, out = record(functools.partial(buffers.run, self._dit), pool)
-            pool = graph.pool()
-            self._captured[size] = graph, buffers, out
-
-    def begin(self, condition: torch.Tensor, layout: BlockLayout) -> None:
-        """Prepare for evaluations with this condition and layout."""
-        blocks = condition.shape[0]
-        self._current = next((size for size in self.sizes if blocks <= size <= 2 * blocks + 8), None)
-        if self._current is not None:
-            self._captured[self._current][1].begin(condition, layout)
-
-    def __call__(
-        self, x: torch.Tensor, condition: torch.Tensor, modulation: torch.Tensor, layout: BlockLayout
-    ) -> torch.Tensor:
-        """One evaluation; ``modulation`` is the joined row of all tables."""
-        if self._current is None:
-            return self._dit(x, condition, _parts(self._dit, modulation), layout)
-        graph, buffers, out = self._captured[self._current]
-        buffers.x[: x.shape[0]].copy_(x)
-        buffers.modulation.copy_(modulation)
-        graph.replay()
-        return out[: x.shape[0]].clone()
-
-
-@dataclass
-class _Buffers:
-    """What a captured evaluation reads."""
-
-    x: torch.Tensor
-    condition: torch.Tensor
-    modulation: torch.Tensor
-    layout: BlockLayout
-
-    @classmethod
-    def make(cls, dit: CodecDiT, blocks: int) -> _Buffers:
-        """Buffers of ``blocks`` blocks, each alone."""
-        config, weight = dit.config, dit.proj_out.weight
-        alone = dit.layout([config.block_size] * blocks)
-        alone.padded = True
-        width = 2 * config.hidden_size + 6 * config.hidden_size * config.num_hidden_layers
-        return cls(
-            weight.new_zeros(blocks, config.block_size, config.mel_dim),
-            weight.new_zeros(blocks, config.block_size, config.hidden_size),
-            weight.new_zeros(width),
-            alone,
-        )
-
-    def begin(self, condition: torch.Tensor, layout: BlockLayout) -> None:
-        """Copy what stays; the blocks behind it become blocks that are alone."""
-        count, mine = condition.shape[0], self.layout
-        self.condition[:count].copy_(condition)
-        for name in ("cos", "sin", "valid", "back", "ahead"):
-            getattr(mine, name)[:count].copy_(getattr(layout, name))
-        mine.valid[count:] = True
-        mine.back[count:] = False
-        mine.ahead[count:] = False
-
-    def run(self, dit: CodecDiT) -> torch.Tensor:
-        """The evaluation."""
-        return dit(self.x, self.condition, _parts(dit, self.modulation), self.layout)
-
-
-def _parts(dit: CodecDiT, modulation: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """A joined row of modulations as ``CodecDiT`` takes it."""
-    sizes = [6 * dit.config.hidden_size] * dit.config.num_hidden_layers + [2 * dit.config.hidden_size]
-    *layers, out = modulation.split(sizes)
-    return layers, out
-
-
-class MelSampler:
-    """Runs the flow for batches of requests; keeps the modulation tables of each set of time points.
-
-    Build a new one when the weights of ``dit`` change.
-    """
-
-    def __init__(self, dit: CodecDiT) -> None:
-        self.dit = dit
-        self.graphs = GraphedFlow(dit)
-        self._tables: dict[FlowSettings, torch.Tensor] = {}
-
-    def _modulation(self, settings: FlowSettings, evaluation: int) -> torch.Tensor:
-        if settings not in self._tables:
-            device = self.dit.proj_out.weight.device
-            layers, out = self.dit.modulations(_evaluation_times(settings.times()).to(device))
-            self._tables[settings] = torch.cat([*layers, out], dim=1)
-        return self._tables[settings][evaluation]
+        for blocks in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
+            self._captured[blocks] = _CapturedStep(self.dit, blocks, pool)
+            pool = self._captured[blocks].graph.pool()
 
     def sample(self, batch: Sequence[FlowInput], settings: FlowSettings) -> list[torch.Tensor]:
         """Mel spectrogram [F, mel_dim] of each request."""
@@ -178,51 +169,51 @@ class MelSampler:
         guided = settings.guidance_scale >= _GUIDED_ABOVE
         x = self._pack([item.noise_FM for item in batch])
         condition = self._pack([item.condition_FC for item in batch])
-        layout = self.dit.layout(frames * 2 if guided else frames)
         if guided:
             condition = torch.cat([condition, self._pack([item.plain_FC for item in batch])])
-        self.graphs.begin(condition, layout)
-        times = settings.times().tolist()
-        for step in range(settings.num_steps - 1):
-            x = self._step(x, condition, layout, settings, step, times[step + 1] - times[step])
+        layout = self.dit.layout(frames * 2 if guided else frames)
+        fixed = _Fixed(condition, layout, x.new_tensor(1.0 + settings.guidance_scale * guided))
+        captured = next((self._captured[n] for n in self.sizes if len(x) <= n <= 2 * len(x) + 4), None)
+        if captured is not None:
+            captured.begin(x, fixed)
+        for modulation, size in self._steps(settings):
+            if captured is None:
+                x = _step(self.dit, x, fixed, modulation, size)
+            else:
+                captured(modulation, size)
+        if captured is not None:
+            x = captured.x[: len(x)].clone()
         return self._unpack(x, frames)
 
-    def _step(
-        self,
-        x: torch.Tensor,
-        condition: torch.Tensor,
-        layout: BlockLayout,
-        settings: FlowSettings,
-        step: int,
-        size: float,
-    ) -> torch.Tensor:
-        def velocity(part: int, value: torch.Tensor) -> torch.Tensor:
-            return self._velocity(value, condition, layout, settings, 4 * step + part)
+    def _steps(self, settings: FlowSettings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Modulation rows [4, W] and length of each step."""
+        known = self._tables.pop(settings, None)
+        if known is None:
+            if settings.num_steps > _KEPT_STEPS:
+                yield from (
+                    step
+                    for times in itertools.pairwise(settings.times())
+                    for step in zip(*self._table(torch.stack(times)), strict=True)
+                )
+                return
+            known = self._table(settings.times())
+        while len(self._tables) >= _KEPT_SETTINGS:
+            del self._tables[next(iter(self._tables))]
+        self._tables[settings] = known  # the last one is the most recent
+        yield from zip(*known, strict=True)
 
-        k1 = velocity(0, x)
-        k2 = velocity(1, x + size / 3 * k1)
-        k3 = velocity(2, x + size * (k2 - k1 / 3))
-        k4 = velocity(3, x + size * (k1 - k2 + k3))
-        return x + (k1 + 3 * (k2 + k3) + k4) * (size / 8)
-
-    def _velocity(
-        self,
-        x: torch.Tensor,
-        condition: torch.Tensor,
-        layout: BlockLayout,
-        settings: FlowSettings,
-        evaluation: int,
-    ) -> torch.Tensor:
-        modulation = self._modulation(settings, evaluation)
-        if settings.guidance_scale < _GUIDED_ABOVE:
-            return self.graphs(x, condition, modulation, layout)
-        with_voice, without = self.graphs(torch.cat([x, x]), condition, modulation, layout).chunk(2)
-        return with_voice + (with_voice - without) * settings.guidance_scale
+    def _table(self, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Modulation rows [steps, 4, W] and lengths [steps] of the steps between ``times``."""
+        start, size = times[:-1], times[1:] - times[:-1]
+        four = torch.stack([start, start + size * (1 / 3), start + size * (2 / 3), times[1:]], dim=1)
+        device = self.dit.proj_out.weight.device
+        layers, out = self.dit.modulations(four.flatten().to(device))
+        return torch.cat([*layers, out], dim=1).unflatten(0, (-1, 4)), size.to(device)
 
     def _pack(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         """Rows [F_i, C] of each request -> blocks [N, S, C]."""
         size = self.dit.config.block_size
-        padded = [torch.nn.functional.pad(row, (0, 0, 0, -row.shape[0] % size)) for row in rows]
+        padded = [F.pad(row, (0, 0, 0, -row.shape[0] % size)) for row in rows]
         return torch.cat(padded).view(-1, size, rows[0].shape[1])
 
     def _unpack(self, blocks: torch.Tensor, frames: Sequence[int]) -> list[torch.Tensor]:
@@ -232,9 +223,3 @@ class MelSampler:
             out.append(rows[start : start + count])
             start += -(-count // size) * size
         return out
-
-
-def _evaluation_times(times: torch.Tensor) -> torch.Tensor:
-    """The four times of each step, flattened."""
-    start, size = times[:-1], times[1:] - times[:-1]
-    return torch.stack([start, start + size * (1 / 3), start + size * (2 / 3), times[1:]], dim=1).flatten()

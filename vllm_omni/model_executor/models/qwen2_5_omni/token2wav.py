@@ -14,6 +14,7 @@ codes of context on both sides (``stage_input_processors.codec_chunks``).
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -25,7 +26,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm_omni.errors import ConfigError, RequestError
 from vllm_omni.logger import init_logger
 from vllm_omni.model_executor.models.interfaces import OmniRequestState
-from vllm_omni.model_executor.models.qwen2_5_omni.bigvgan import AntiAliasedSnake, BigVGAN
+from vllm_omni.model_executor.models.qwen2_5_omni.bigvgan import AntiAliasedSnake, BigVGAN, GraphedVocoder
 from vllm_omni.model_executor.models.qwen2_5_omni.dit import CodecDiT
 from vllm_omni.model_executor.models.qwen2_5_omni.flow import FlowInput, FlowSettings, MelSampler
 from vllm_omni.model_executor.models.qwen2_5_omni.voices import Voice, load_voices
@@ -38,8 +39,15 @@ _PREFIX = "token2wav."
 _FLOW_FRAMES = 32768
 """Mel frames in one batch of the flow, to bound its memory; one request may have more."""
 _VOCODER_FRAMES = 8192
-GRAPHED_BLOCKS = (4, 8, 16, 24, 32, 64, 128)
-"""Blocks, with those of the unguided half, for which the flow is captured: windows of one stream to about four."""
+GRAPHED_BLOCKS = (2, 4, 6, 8, 11, 14, 20, 28, 42, 56, 84, 112)
+"""Blocks of 12 codes for which the flow is captured: windows of one stream (2, 4, 8, 14, then always 14; the last has
+up to 14) to eight steady ones."""
+GRAPHED_CODES = (24, 48, 72, 96, 120, 144)
+"""Codes for which the vocoder is captured: what windows of one stream decode (24, 48, 96, then always 144), and sizes
+that a last window finds one of."""
+TRIED_CODES = (24,)
+"""Those of the first window, where the vocoder's convolutions try their algorithms."""
+_KEPT_SEEDS = 8
 
 
 @dataclass
@@ -78,8 +86,16 @@ class Qwen2_5OmniToken2WavModel(OnePassModel):
         self.samples_per_code = self.repeats * self.code2wav_bigvgan_model.hop
         self.voices = load_voices(model.model, model.revision, vllm_config.load_config.download_dir)
         self._check_voices()
-        self._sampler = MelSampler(self.code2wav_dit_model)
+        self._reach = -(-self.code2wav_bigvgan_model.reach // self.repeats)
+        self._noise: dict[int, torch.Tensor] = {}
+        self._prepare()
         self._voice_rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def _prepare(self) -> None:
+        """What depends on the weights."""
+        self.code2wav_dit_model.join_weights()
+        self._sampler = MelSampler(self.code2wav_dit_model)
+        self._vocoder = GraphedVocoder(self.code2wav_bigvgan_model)
 
     def _check_voices(self) -> None:
         dit = self.config.dit_config
@@ -107,8 +123,7 @@ class Qwen2_5OmniToken2WavModel(OnePassModel):
                 raise ValueError(f"checkpoint tensor {full!r} {tuple(tensor.shape)} has no such parameter here")
             params[name].data.copy_(tensor)
             loaded.add(name)
-        self.code2wav_dit_model.join_weights()
-        self._sampler = MelSampler(self.code2wav_dit_model)
+        self._prepare()
         self._voice_rows = {}
         return loaded
 
@@ -125,27 +140,48 @@ class Qwen2_5OmniToken2WavModel(OnePassModel):
                 batch = [self._flow_input(windows[i]) for i in part]
                 for i, mel in zip(part, self._sampler.sample(batch, settings), strict=True):
                     mels[i] = mel
-        waves = self._vocode(mels)
+        spans = [self._span(window) for window in windows]
+        waves = self._vocode(
+            [mel[begin * self.repeats : end * self.repeats] for mel, (begin, end) in zip(mels, spans, strict=True)]
+        )
         outputs = []
-        for window, wave in zip(windows, waves, strict=True):
-            begin, end = (self.samples_per_code * code for code in window.keep)
+        for window, (start, _), wave in zip(windows, spans, waves, strict=True):
+            begin, end = (self.samples_per_code * (code - start) for code in window.keep)
             outputs.append({"audio": wave[begin:end], "sr": SAMPLE_RATE})
         return outputs
+
+    def _span(self, window: _Window) -> tuple[int, int]:
+        """The codes of a window that the vocoder decodes: those to keep and what it sees around them, and as many more
+        as a captured length takes where the window has them."""
+        count = len(window.codes)
+        begin, end = max(0, window.keep[0] - self._reach), min(count, window.keep[1] + self._reach)
+        lengths = (frames // self.repeats for frames in self._vocoder.lengths)
+        length = next((n for n in lengths if end - begin <= n <= count), end - begin)
+        begin = max(0, end - length)
+        return begin, begin + length
 
     def omni_warm_up(self, max_num_seqs: int) -> None:
         """Compute what each voice and the default time points add, capture the flow, and run one short window."""
         device = self.code2wav_dit_model.proj_out.weight.device
         if device.type == "cuda":
             self._use_kernels(device)
+            began = time.monotonic()
             with _products_as_convolutions():
-                self._sampler.graphs.capture(GRAPHED_BLOCKS)
+                self._sampler.capture(GRAPHED_BLOCKS)
+                codes, tried = ([n * self.repeats for n in sizes] for sizes in (GRAPHED_CODES, TRIED_CODES))
+                self._vocoder.capture(codes, tried)
+            logger.info("token2wav captured its graphs in %.1f s", time.monotonic() - began)
         for voice in self.voices.values():
             self._rows_of(voice, device)
         self.omni_generate([OmniRequestState("warm-up", 1, info={"codes": [0] * 24})])
 
     def _use_kernels(self, device: torch.device) -> None:
-        """Run the vocoder's activations as one kernel each where that kernel works here."""
+        """Run the vocoder's activations, and what stands between the flow's products, as kernels that work here."""
         from vllm_omni.model_executor.layers import snake_kernel
+
+        wrong = self.code2wav_dit_model.use_kernels()
+        if wrong is not None:
+            logger.warning("token2wav runs its flow in PyTorch: %s", wrong)
 
         activation = self.code2wav_bigvgan_model.activation_post
         act = activation.act
@@ -181,13 +217,24 @@ class Qwen2_5OmniToken2WavModel(OnePassModel):
         device = dit.proj_out.weight.device
         voiced, plain = self._rows_of(window.voice, device)
         codes = torch.tensor(window.codes, device=device)
-        # On the CPU, and from the utterance's first frame, so that neither device nor window changes the noise.
-        generator = torch.Generator().manual_seed(window.seed)
         start, count = window.offset * self.repeats, len(codes) * self.repeats
-        noise = torch.randn(start + count, dit.config.mel_dim, generator=generator)[start:]
-        return FlowInput(
-            voiced + dit.code_rows(codes), plain + dit.code_rows(torch.zeros_like(codes)), noise.to(device)
-        )
+        noise = self._noise_of(window.seed, start + count, device)[start : start + count]
+        return FlowInput(voiced + dit.code_rows(codes), plain + dit.code_rows(torch.zeros_like(codes)), noise)
+
+    def _noise_of(self, seed: int, frames: int, device: torch.device) -> torch.Tensor:
+        """Initial noise of an utterance's first ``frames`` frames at least; kept for the most recent seeds.
+
+        Drawn on the CPU and from the first frame on, so that neither device nor window changes it.
+        """
+        noise = self._noise.pop(seed, None)
+        if noise is None or len(noise) < frames:
+            count = frames if noise is None else max(frames, 2 * len(noise))
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(count, self.code2wav_dit_model.config.mel_dim, generator=generator).to(device)
+        while len(self._noise) >= _KEPT_SEEDS:
+            del self._noise[next(iter(self._noise))]
+        self._noise[seed] = noise  # the last one is the most recent
+        return noise
 
     def _rows_of(self, voice: Voice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """What a voice adds to every frame; computed once."""
@@ -203,7 +250,7 @@ class Qwen2_5OmniToken2WavModel(OnePassModel):
             same = [i for i, mel in enumerate(mels) if len(mel) == length]
             for part in _split(same, [length] * len(same), _VOCODER_FRAMES):
                 batch = torch.stack([mels[i].T for i in part])
-                for i, wave in zip(part, self.code2wav_bigvgan_model(batch), strict=True):
+                for i, wave in zip(part, self._vocoder(batch), strict=True):
                     waves[i] = wave
         return waves
 
