@@ -2,11 +2,12 @@
 
 The wire is one stream socket pair per stage. A frame is::
 
-    u32 length of the rest | u32 length of the message | message (msgpack) | payload
+    u32 length of the rest | u32 length of the message | message (msgpack) | buffers of the payload
 
-The message is one of the structs below; the payload, where there is one, is in the format of
-``omni_connectors.utils.serialization`` and is not looked at by the framing. Times are ``time.monotonic()`` seconds: one
-clock for all processes of a host.
+The message is one of the structs below. Its ``payload``, where it has one, is the tree of a ``Packed`` of
+``omni_connectors.utils.serialization``: whoever encodes the message encodes the tree with it, at once; whoever decodes
+the message finds the tree's bytes, so that a payload that cannot be read is the failure of one request. Times are
+``time.monotonic()`` seconds: one clock for all processes of a host.
 
 Life of a stage: driver sends ``Start``; the stage answers ``Ready`` or ``Failed`` and, after ``Ready``, takes
 ``Submit``, ``Abort``, ``Call`` and ``Shutdown``; it sends ``Output``, ``Progress``, ``Failure``, ``Returned``, and
@@ -16,14 +17,16 @@ last ``Stopped`` or ``Failed``. End of the stream means that the other side is g
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
+from vllm_omni.distributed.omni_connectors.utils.serialization import Packed
 from vllm_omni.errors import OmniError, StageError, from_wire
 
 Buffer = bytes | bytearray | memoryview
+
+_NONE = msgspec.Raw(b"\xc0")
 
 
 class Start(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -34,17 +37,19 @@ class Start(msgspec.Struct, tag=True, array_like=True, frozen=True):
     threshold: int
     batch_wait: float
     batch_size: int
+    payload: msgspec.Raw
 
 
 class Submit(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """A request, or one more chunk of it. Payload: ``(prompt, sampling_params)``."""
+    """A request, or one more chunk of it. Payload: ``[prompt, sampling_params]`` for chunk 0, ``[prompt]`` for others,
+    whose parameters are the same."""
 
     request_id: str
     deadline: float | None
     chunk: int
     last: bool
-    sent: float
-    traced: bool = False
+    traced: bool
+    payload: msgspec.Raw
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -54,10 +59,11 @@ class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Call(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Call a method of the engine; answered by ``Returned``. Payload: ``(args, kwargs)``."""
+    """Call a method of the engine; answered by ``Returned``. Payload: ``[args, kwargs]``."""
 
     call_id: int
     method: str
+    payload: msgspec.Raw
 
 
 class Shutdown(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -70,6 +76,7 @@ class Ready(msgspec.Struct, tag=True, array_like=True, frozen=True):
     name: str
     ranks: int
     pids: list[int]
+    payload: msgspec.Raw
 
 
 class WireError(msgspec.Struct, array_like=True, frozen=True):
@@ -108,7 +115,8 @@ class Output(msgspec.Struct, tag=True, array_like=True, frozen=True):
     received: float
     started: float
     sent: float
-    nbytes: int
+    shared: int
+    payload: msgspec.Raw
     spans: list[tuple[str, float, float, dict[str, Any]]] = []
 
 
@@ -127,6 +135,7 @@ class Preview(msgspec.Struct, tag=True, array_like=True, frozen=True):
     step: int
     total: int
     size: tuple[int, int]
+    payload: msgspec.Raw
 
 
 class Failure(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -141,6 +150,7 @@ class Returned(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
     call_id: int
     error: WireError | None
+    payload: msgspec.Raw = _NONE
 
 
 class Stopped(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -167,12 +177,24 @@ def _plain(value: Any) -> Any:
     return repr(value)
 
 
-def frame(message: Message, payload: list[Buffer] | None = None) -> bytes:
-    """The bytes of one frame."""
-    body = _ENCODER.encode(message)
-    parts = payload or []
-    length = 4 + len(body) + sum(map(len, parts))
-    return b"".join((_HEAD.pack(length, len(body)), body, *parts))
+def frame(message: Message, packed: Packed | None = None) -> bytes:
+    """The bytes of one frame.
+
+    Args:
+        message: the message.
+        packed: its payload, whose tree is in the message.
+
+    Raises:
+        RequestError: there is something in the payload that cannot travel.
+    """
+    if packed is None:
+        body, buffers = _ENCODER.encode(message), None
+    else:
+        body, buffers = packed.encode(message), packed.buffers
+    size = len(body)
+    if not buffers:
+        return _HEAD.pack(4 + size, size) + body
+    return b"".join((_HEAD.pack(4 + size + sum(map(len, buffers)), size), body, *buffers))
 
 
 class FrameReader:
@@ -181,20 +203,24 @@ class FrameReader:
     def __init__(self) -> None:
         self._rest = bytearray()
 
-    def feed(self, data: Buffer) -> Iterator[tuple[Message, memoryview]]:
-        """The messages that are complete with ``data``; a payload stays valid as long as ``data`` does."""
+    def feed(self, data: Buffer) -> list[tuple[Message, memoryview]]:
+        """The messages that are complete with ``data``, each with its payload's buffers; a payload stays valid as long
+        as ``data`` does."""
         if self._rest:
             self._rest += data
             if len(self._rest) < 4 or len(self._rest) < 4 + int.from_bytes(self._rest[:4], "little"):
-                return
+                return []
             data, self._rest = self._rest, bytearray()
         view = memoryview(data)
         start, end = 0, len(view)
+        found = []
         while end - start >= _HEAD.size:
             length, size = _HEAD.unpack_from(view, start)
-            if start + 4 + length > end:
+            body, after = start + _HEAD.size, start + 4 + length
+            if after > end:
                 break
-            body = start + _HEAD.size
-            yield _DECODER.decode(view[body : body + size]), view[body + size : start + 4 + length]
-            start += 4 + length
-        self._rest = bytearray(view[start:])
+            found.append((_DECODER.decode(view[body : body + size]), view[body + size : after]))
+            start = after
+        if start < end:
+            self._rest = bytearray(view[start:])
+        return found

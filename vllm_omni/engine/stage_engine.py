@@ -20,14 +20,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import msgspec
+
 from vllm_omni.errors import OmniError
 
 Span: TypeAlias = tuple[str, float, float, dict[str, Any]]
 """Something that was done for a request: its name, begin and end (``time.monotonic()`` seconds), plain facts."""
 
 
-@dataclass(frozen=True)
-class StageInput:
+class StageInput(msgspec.Struct, frozen=True):
     """One request, or one more chunk of it, for a stage."""
 
     request_id: str

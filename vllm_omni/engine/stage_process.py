@@ -12,6 +12,7 @@ needs no ``__main__`` guard, and a stage without torch costs a tenth of a second
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import select
@@ -22,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing import process
 from typing import Any
 
@@ -61,14 +63,23 @@ class _Channel:
                 size = self.sock.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return []
-        return list(self._reader.feed(self._buffer[:size])) if size else None
+        return self._reader.feed(self._buffer[:size]) if size else None
 
     def send(self, *frames: bytes) -> None:
-        self.sock.sendall(b"".join(frames))
+        self.sock.sendall(frames[0] if len(frames) == 1 else b"".join(frames))
+
+
+@dataclass(slots=True)
+class _Open:
+    """What the process knows of a request in its engine."""
+
+    received: float
+    params: Any
+    started: float = 0.0
 
 
 class _Stage:
-    """One engine and its requests' times."""
+    """One engine and its requests."""
 
     def __init__(self, channel: _Channel, start: m.Start, codec: Codec, engine: StageEngine) -> None:
         self.channel = channel
@@ -76,7 +87,8 @@ class _Stage:
         self.codec = codec
         self.engine = engine
         self.running = True
-        self._times: dict[str, list[float]] = {}
+        self._driver = os.getppid()
+        self._open: dict[str, _Open] = {}
 
     def serve(self) -> None:
         """Run until the driver says ``Shutdown``, closes the stream, or SIGTERM comes."""
@@ -92,55 +104,62 @@ class _Stage:
                 self._step()
 
     def _load(self) -> tuple[int, int]:
-        return self.engine.load() or (0, len(self._times))
+        return self.engine.load() or (0, len(self._open))
 
     def _take(self, wait: float | None) -> None:
         arrived = self.channel.receive(wait)
         if arrived is None:
             self.running = False
             return
-        for message, payload in arrived:
-            self._handle(message, payload)
+        for message, buffers in arrived:
+            self._handle(message, buffers)
 
     def _gather(self) -> None:
         """An idle stage waits ``batch_wait`` seconds for more requests before its first step, or until it is full."""
         end = time.monotonic() + self.start.batch_wait
-        while self.running and len(self._times) < self.start.batch_size:
+        while self.running and len(self._open) < self.start.batch_size:
             left = end - time.monotonic()
             if left <= 0:
                 return
             self._take(left)
 
-    def _handle(self, message: m.Message, payload: memoryview) -> None:
+    def _handle(self, message: m.Message, buffers: memoryview) -> None:
         if isinstance(message, m.Submit):
-            self._submit(message, payload)
+            self._submit(message, buffers)
         elif isinstance(message, m.Abort):
-            for request_id in message.request_ids:
-                self._times.pop(request_id, None)
-            self.engine.abort(message.request_ids)
+            self._abort(message.request_ids)
         elif isinstance(message, m.Call):
-            self._call(message, payload)
+            self._call(message, buffers)
         else:
             self.running = False
 
-    def _submit(self, message: m.Submit, payload: memoryview) -> None:
+    def _abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._open.pop(request_id, None)
+        self.engine.abort(request_ids)
+
+    def _submit(self, message: m.Submit, buffers: memoryview) -> None:
         now = time.monotonic()
+        request_id, chunk = message.request_id, message.chunk
         try:
-            prompt, params = self.codec.decode(payload)
+            words = self.codec.unpack(message.payload, buffers)
         except OmniError as error:
-            self.channel.send(m.frame(m.Failure(message.request_id, m.WireError.of(error, self.start.stage_id))))
+            self._abort([request_id])  # of its earlier chunks
+            self.channel.send(self._failure(request_id, error))
             return
-        self._times.setdefault(message.request_id, [now, 0.0])
+        if chunk == 0:
+            self._open[request_id] = _Open(now, words[1])
+        elif request_id not in self._open:
+            return  # it has ended here since the driver sent this
+        params = self._open[request_id].params
         self.engine.add_request(
-            StageInput(
-                message.request_id, prompt, params, message.deadline, message.chunk, message.last, message.traced
-            )
+            StageInput(request_id, words[0], params, message.deadline, chunk, message.last, message.traced)
         )
 
     def _step(self) -> None:
         now = time.monotonic()
-        for times in self._times.values():
-            times[1] = times[1] or now
+        for request in self._open.values():
+            request.started = request.started or now
         frames = [self._frame(event) for event in self.engine.step()]
         if frames:
             self.channel.send(*frames)
@@ -149,33 +168,38 @@ class _Stage:
         if isinstance(event, StageProgress):
             return m.frame(m.Progress(event.request_id, event.step, event.total))
         if isinstance(event, StagePreview):
-            payload = self.codec.encode(event.images, holder=os.getppid())
-            return m.frame(m.Preview(event.request_id, event.step, event.total, event.size), payload)
+            packed = self.codec.pack(event.images, self._driver)
+            return m.frame(m.Preview(event.request_id, event.step, event.total, event.size, packed.tree), packed)
         if isinstance(event, StageChunk):
-            now = time.monotonic()
-            times = self._times.get(event.request_id, [now, now])
-            if event.finished:
-                self._times.pop(event.request_id, None)
             try:
-                payload = self.codec.encode(event.data, holder=os.getppid())
+                return self._output(event)
             except OmniError as error:
                 return self._failure(event.request_id, StageError(f"output {error.message}"))
-            started = times[1] if event.started is None else event.started
-            spans = list(event.spans)
-            output = m.Output(event.request_id, event.finished, times[0], started, now, payload.nbytes, spans)
-            return m.frame(output, payload)
         return self._failure(event.request_id, event.error)
 
+    def _output(self, event: StageChunk) -> bytes:
+        now = time.monotonic()
+        request_id, finished = event.request_id, event.finished
+        request = self._open.get(request_id) or _Open(now, None, now)
+        if finished:
+            self._open.pop(request_id, None)
+        packed = self.codec.pack(event.data, self._driver)
+        started = request.started if event.started is None else event.started
+        spans = list(event.spans)
+        output = m.Output(request_id, finished, request.received, started, now, packed.shared, packed.tree, spans)
+        return m.frame(output, packed)
+
     def _failure(self, request_id: str, error: OmniError) -> bytes:
-        self._times.pop(request_id, None)
+        self._open.pop(request_id, None)
         return m.frame(m.Failure(request_id, m.WireError.of(error, self.start.stage_id)))
 
-    def _call(self, message: m.Call, payload: memoryview) -> None:
+    def _call(self, message: m.Call, buffers: memoryview) -> None:
         stage_id = self.start.stage_id
         pulse.idle(*self._load())  # its caller decides how long it may take
         try:
-            args, kwargs = self.codec.decode(payload)
-            result = self.codec.encode(_METHODS[message.method](self.engine, *args, **kwargs), holder=os.getppid())
+            args, kwargs = self.codec.unpack(message.payload, buffers)
+            packed = self.codec.pack(_METHODS[message.method](self.engine, *args, **kwargs), self._driver)
+            answer = m.frame(m.Returned(message.call_id, None, packed.tree), packed)
         except NotImplementedError:
             error: Exception = ConfigError(f"the engine of stage {stage_id} has no {message.method}")
             self.channel.send(m.frame(m.Returned(message.call_id, m.WireError.of(error, stage_id))))
@@ -183,7 +207,7 @@ class _Stage:
             # The engine's own methods (worker extensions among them) may raise anything; the caller gets it, typed.
             self.channel.send(m.frame(m.Returned(message.call_id, m.WireError.of(failure, stage_id))))
         else:
-            self.channel.send(m.frame(m.Returned(message.call_id, None), result))
+            self.channel.send(answer)
 
 
 _METHODS: dict[str, Callable[..., Any]] = {
@@ -220,11 +244,11 @@ def load_class(qualified_name: str) -> Any:
         raise ConfigError(f"cannot load {qualified_name!r}: {error}", field=qualified_name) from error
 
 
-def _load(start: m.Start, payload: memoryview, codec: Codec) -> StageEngine:
+def _load(start: m.Start, buffers: memoryview, codec: Codec) -> StageEngine:
     cls = load_class(start.engine_cls)
     if not (isinstance(cls, type) and issubclass(cls, StageEngine)):
         raise ConfigError(f"{start.engine_cls} is not a StageEngine", field="engine_cls")
-    return cls.from_config(start.stage_id, codec.decode(payload))
+    return cls.from_config(start.stage_id, codec.unpack(start.payload, buffers))
 
 
 def stage_main(fd: int, parent_pid: int, page: int) -> int:
@@ -249,7 +273,7 @@ def stage_main(fd: int, parent_pid: int, page: int) -> int:
         first = channel.receive(None)
     if not first:
         return 1
-    start, payload = first[0]
+    start, buffers = first[0]
     assert isinstance(start, m.Start)
     name_process(f"omni-stage-{start.stage_id}")
     process.current_process().name = f"stage-{start.stage_id}"  # for log lines
@@ -262,10 +286,12 @@ def stage_main(fd: int, parent_pid: int, page: int) -> int:
 
     engine: StageEngine | None = None
     try:
-        engine = _load(start, payload, codec)
+        engine = _load(start, buffers, codec)
         info = engine.info()
         signal.signal(signal.SIGTERM, stop)
-        channel.send(m.frame(m.Ready(info.name, info.ranks, info.pids), codec.encode(info.facts)))
+        gc.freeze()  # what is loaded stays: no collection need look at it
+        facts = codec.pack(info.facts)
+        channel.send(m.frame(m.Ready(info.name, info.ranks, info.pids, facts.tree), facts))
         _Stage(channel, start, codec, engine).serve()
         state["stopping"] = True
         engine.close()

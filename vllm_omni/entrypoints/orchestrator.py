@@ -46,6 +46,10 @@ class _Inbox:
 class _Visit:
     """One request in one stage."""
 
+    targets: list[int]
+    """Stages that read its outputs."""
+    final: bool
+    """Whether the caller gets them."""
     submitted: float = 0.0
     admitted: bool = False
     backlog: list[tuple[Any, bool]] = field(default_factory=list)
@@ -202,12 +206,14 @@ class Orchestrator:
         """Send a chunk to a stage, or keep it until the stage admits the request."""
         visit = flow.visits.get(stage_id)
         if visit is None:
-            visit = flow.visits[stage_id] = _Visit(submitted=time.monotonic())
+            node = self._graph.node(stage_id)
+            final = node.final_output and self._graph.wanted(node, flow.request.output_modalities)
+            targets = [target for target in node.targets if target in flow.needed]
+            visit = flow.visits[stage_id] = _Visit(targets, final, time.monotonic())
             visit.times["start_s"] = visit.submitted - flow.opened
             if flow.trace is not None:
                 visit.trace = flow.trace.enter(stage_id, visit.submitted)
-            limit = self._graph.node(stage_id).max_inflight
-            if limit is None or self._inflight[stage_id] < limit:
+            if node.max_inflight is None or self._inflight[stage_id] < node.max_inflight:
                 self._admit(flow, stage_id, visit)
             else:
                 self._waiting[stage_id].append(flow)
@@ -228,7 +234,7 @@ class Orchestrator:
         inbox = flow.inboxes.get(stage_id)
         backlog, visit.backlog = visit.backlog, []
         params = flow.request.sampling_params[stage_id]
-        read = any(target in flow.needed for target in self._graph.node(stage_id).targets)
+        read = bool(visit.targets)
         headers = None if visit.trace is None else visit.trace.headers
         for prompt, last in backlog:
             chunk = 0 if inbox is None else inbox.sent
@@ -258,7 +264,6 @@ class Orchestrator:
         flow = self._flows.get(output.request_id)
         if flow is None:
             return  # aborted meanwhile; dropping the output frees its memory
-        node = self._graph.node(stage_id)
         visit = flow.visits[stage_id]
         visit.bytes_out += output.nbytes
         if visit.trace is not None:
@@ -266,18 +271,20 @@ class Orchestrator:
         if output.finished:
             self._note_times(visit, output)
             self._leave(flow, stage_id, visit)
-        targets = [target for target in node.targets if target in flow.needed]
-        final = node.final_output and self._graph.wanted(node, flow.request.output_modalities)
-        shown = shown_part(output.data, output.finished) if final else None
-        if len(targets) + (shown is not None and any(leaf_refs(shown))) > 1:
+        shown = shown_part(output.data, output.finished) if visit.final else None
+        if len(visit.targets) + (shown is not None and any(leaf_refs(shown))) > 1:
             for leaf in leaf_refs(output.data):
                 leaf.shared = True
         if shown is not None:
             flow.sink.on_output(stage_id, shown, output.finished, flow.metrics())
-        for target in targets:
+        for target in visit.targets:
             if flow.key in self._flows:
                 self._feed(flow, stage_id, target, output)
-        if all(flow.visits[i].finished for i in flow.needed if i in flow.visits) and self._complete(flow):
+        if (
+            output.finished
+            and all(flow.visits[i].finished for i in flow.needed if i in flow.visits)
+            and self._complete(flow)
+        ):
             self._end(flow, None)
 
     def on_progress(self, stage_id: int, request_id: str, step: int, total: int) -> None:
@@ -302,6 +309,10 @@ class Orchestrator:
             visit = flow.visits.get(stage_id)
             if stage_id in flow.needed and not (visit is not None and visit.finished):
                 self._end(flow, StageDeadError(error.message, **error.details))
+
+    def on_turn_end(self) -> None:
+        for client in self._clients.values():
+            client.flush()
 
     def _note_times(self, visit: _Visit, output: StageOutput) -> None:
         arriving = max(0.0, output.received - visit.submitted - visit.times["wait_s"])

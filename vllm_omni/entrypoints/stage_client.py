@@ -11,14 +11,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine import messages as m
 from vllm_omni.engine.stage_seam import StageClient, StageListener, StageOutput, Vitals
-from vllm_omni.entrypoints.joined_writes import JoinedWrites
 from vllm_omni.entrypoints.stage_launch import StageHandle, dead_error
 from vllm_omni.errors import DeadlineError, OmniError, StageDeadError
 from vllm_omni.outputs import Preview
@@ -43,34 +41,38 @@ class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
         self._last_words = ""
         self._listener: StageListener | None = None
         self._sock: socket.socket | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._transport: asyncio.Transport | None = None
+        self._unsent: list[m.Buffer] = []
         self._dead: StageDeadError | None = None
 
     async def attach(self, listener: StageListener) -> None:
         self._listener = listener
-        loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         if self._sock is not None:
             self._sock.close()  # of an event loop that was closed since
         self._sock = self._handle.sock.dup()
         self._sock.setblocking(False)
-        await loop.create_unix_connection(lambda: self, sock=self._sock)
+        await self._loop.create_unix_connection(lambda: self, sock=self._sock)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = JoinedWrites(cast(asyncio.Transport, transport), asyncio.get_running_loop())
+        self._transport = cast(asyncio.Transport, transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        for message, payload in self._reader.feed(self._buffer[:nbytes]):
-            self._handle_message(message, payload)
+        for message, buffers in self._reader.feed(self._buffer[:nbytes]):
+            self._handle_message(message, buffers)
+        if self._listener is not None:
+            self._listener.on_turn_end()
 
-    def _handle_message(self, message: m.Message, payload: memoryview) -> None:
+    def _handle_message(self, message: m.Message, buffers: memoryview) -> None:
         listener = self._listener
         if listener is None:
             return
         if isinstance(message, m.Output):
-            data = self._codec.decode(payload, lazy=True)
+            data = self._codec.unpack(message.payload, buffers, lazy=True)
             listener.on_output(
                 self.stage_id,
                 StageOutput(
@@ -80,31 +82,31 @@ class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
                     message.received,
                     message.started,
                     message.sent,
-                    message.nbytes,
+                    memoryview(message.payload).nbytes + len(buffers) + message.shared,
                     message.spans,
                 ),
             )
         elif isinstance(message, m.Progress):
             listener.on_progress(self.stage_id, message.request_id, message.step, message.total)
         elif isinstance(message, m.Preview):
-            images = self._codec.decode(payload)
+            images = self._codec.unpack(message.payload, buffers)
             preview = Preview(message.step, message.total, images, message.size)
             listener.on_preview(self.stage_id, message.request_id, preview)
         elif isinstance(message, m.Failure):
             listener.on_failure(self.stage_id, message.request_id, message.error.build())
         elif isinstance(message, m.Returned):
-            self._returned(message, payload)
+            self._returned(message, buffers)
         elif isinstance(message, m.Failed):
             self._last_words = f"{message.error.message}\n{message.traceback}"
 
-    def _returned(self, message: m.Returned, payload: memoryview) -> None:
+    def _returned(self, message: m.Returned, buffers: memoryview) -> None:
         future = self._calls.pop(message.call_id, None)
         if future is None or future.done():
             return
         if message.error is not None:
             future.set_exception(message.error.build())
         else:
-            future.set_result(self._codec.decode(payload))
+            future.set_result(self._codec.unpack(message.payload, buffers))
 
     def connection_lost(self, exc: Exception | None) -> None:
         listener, self._listener = self._listener, None
@@ -136,11 +138,28 @@ class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
                 WatchedProcess(pulse.pid).kill()
             self._die(listener, error)
 
-    def _write(self, message: m.Message, payload: list[m.Buffer] | None = None) -> None:
-        if self._dead is not None:
-            raise self._dead
-        assert self._transport is not None, "the client is not attached"
-        self._transport.write(m.frame(message, payload))
+    def _write(self, frame: bytes) -> None:
+        assert self._loop is not None, "the client is not attached"
+        if not self._unsent:
+            self._loop.call_soon(self.flush)
+        self._unsent.append(frame)
+
+    def flush(self) -> None:
+        parts, self._unsent = self._unsent, []
+        transport = self._transport
+        if not parts or transport is None or transport.is_closing():
+            return
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        if transport.get_write_buffer_size() == 0:
+            assert self._sock is not None
+            try:
+                sent = self._sock.send(data)
+            except OSError:
+                sent = 0  # full, or closed: the transport finds out
+            if sent == len(data):
+                return
+            data = memoryview(data)[sent:]
+        transport.write(data)
 
     def submit(
         self,
@@ -153,18 +172,23 @@ class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
         read: bool = True,
         trace: Mapping[str, str] | None = None,
     ) -> int:
-        payload = self._codec.encode((prompt, params), holder=self._handle.process.pid)
-        self._write(m.Submit(request_id, deadline, chunk, last, time.monotonic(), trace is not None), payload)
-        return payload.nbytes
+        if self._dead is not None:
+            raise self._dead
+        packed = self._codec.pack([prompt] if chunk else [prompt, params], self._handle.process.pid)
+        frame = m.frame(m.Submit(request_id, deadline, chunk, last, trace is not None, packed.tree), packed)
+        self._write(frame)
+        return len(frame) + packed.shared
 
     def abort(self, request_ids: Sequence[str]) -> None:
         if self._dead is None and self._transport is not None:
-            self._write(m.Abort(list(request_ids)))
+            self._write(m.frame(m.Abort(list(request_ids))))
 
     async def call(self, method: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
-        payload = self._codec.encode((args, kwargs), holder=self._handle.process.pid)
+        if self._dead is not None:
+            raise self._dead
+        packed = self._codec.pack([args, kwargs], self._handle.process.pid)
         call_id = next(self._call_ids)
-        self._write(m.Call(call_id, method), payload)
+        self._write(m.frame(m.Call(call_id, method, packed.tree), packed))
         future = self._calls[call_id] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout):

@@ -76,10 +76,11 @@ def launch(spec: StageSpec, codec: Codec) -> StageHandle:
             stdin=subprocess.DEVNULL,
             process_group=0,
         )
-    start = m.Start(spec.stage_id, spec.engine_cls, spec.threshold, spec.batch_wait, spec.batch_size)
     handle = StageHandle(spec, process, ours, page)
     try:
-        ours.sendall(m.frame(start, codec.encode(spec.engine_args, holder=process.pid)))
+        args = codec.pack(spec.engine_args, process.pid)
+        limits = spec.threshold, spec.batch_wait, spec.batch_size
+        ours.sendall(m.frame(m.Start(spec.stage_id, spec.engine_cls, *limits, args.tree), args))
     except (OmniError, OSError):
         end([handle], grace=0.0)
         raise
@@ -137,13 +138,13 @@ def _read_ready(handle: StageHandle, codec: Codec) -> bool:
         data = b""
     if not data:
         raise dead_error(handle)
-    for message, payload in handle.reader.feed(data):
+    for message, buffers in handle.reader.feed(data):
         if isinstance(message, m.Failed):
             error = message.error.build()
             error.details["traceback"] = message.traceback
             raise error
         assert isinstance(message, m.Ready)
-        handle.info = StageInfo(message.name, message.ranks, message.pids, codec.decode(payload))
+        handle.info = StageInfo(message.name, message.ranks, message.pids, codec.unpack(message.payload, buffers))
         return True
     return False
 

@@ -16,12 +16,12 @@ without passing through the driver. ``edge_ref.load()`` gives the value where a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class EdgeInput:
+
+class EdgeInput(msgspec.Struct, frozen=True):
     """Outputs of the sources that came since the last call for the same request."""
 
     request_id: str
@@ -36,9 +36,9 @@ class EdgeInput:
     """Number of the call for this request, from 0."""
     last: bool = True
     """Whether every source has finished: there will be no further call."""
-    carry: dict[str, Any] = field(default_factory=dict)
+    carry: dict[str, Any] = msgspec.field(default_factory=dict)
     """Memory of this edge for this request, from call to call; empty at first, dropped with the request."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = msgspec.field(default_factory=dict)
     """Settings of the edge: ``extra`` of the connector that feeds the receiving stage (chunk sizes of a stream)."""
     config: Any = None
     """The checkpoint's configuration as transformers reads it, where the stages are parts of one checkpoint."""

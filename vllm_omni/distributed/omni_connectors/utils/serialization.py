@@ -56,16 +56,8 @@ class _CannotTravel(Exception):
         self.path: list[str] = []
 
 
-class Payload(list[Buffer]):
-    """The parts of a payload, to be sent one after another."""
-
-    shared = 0
-    """Bytes in shared memory that it refers to."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what was encoded, those in shared memory included."""
-        return sum(map(len, self)) + self.shared
+_FAULTS = (_CannotTravel, RecursionError, OverflowError, UnicodeEncodeError)
+"""What packing and encoding raise for a value that cannot travel."""
 
 
 class Codec:
@@ -76,7 +68,7 @@ class Codec:
         self.threshold = threshold
         self._reader = _Reader(arena)
 
-    def encode(self, obj: Any, holder: int = 1, refs: list[Ref] | None = None) -> Payload:
+    def encode(self, obj: Any, holder: int = 1, refs: list[Ref] | None = None) -> list[Buffer]:
         """Parts of the payload, to be sent one after another; they may be views of what is in ``obj``.
 
         Args:
@@ -87,24 +79,34 @@ class Codec:
         Raises:
             RequestError: something in ``obj`` cannot travel; ``details['field']`` says where it sits.
         """
-        writer = _Writer(self, holder, [] if refs is None else refs)
-        try:
-            header = _ENCODER.encode(writer.walk(obj))
-        except _CannotTravel as error:
-            writer.cancel()
-            path = ".".join(reversed(error.path)) or "value"
-            raise RequestError(f"{path}: {error}", field=path, value=repr(error.value)[:200]) from error
-        except RecursionError as error:
-            writer.cancel()
-            raise RequestError("value: nested too deep, or contains itself", field="value") from error
-        except (OverflowError, UnicodeEncodeError) as error:
-            writer.cancel()
-            path = _locate(obj)
-            raise RequestError(f"{path}: cannot travel between processes: {error}", field=path) from error
+        packed = self.pack(obj, holder, refs)
+        header = packed.encode(packed.tree)
         head = struct.pack("<I", len(header)) + header
-        payload = Payload([head, *([bytes(-len(head) % _ALIGN), *writer.buffers] if writer.buffers else [])])
-        payload.shared = writer.shared
-        return payload
+        return [head, *([bytes(-len(head) % _ALIGN), *packed.buffers] if packed.buffers else [])]
+
+    def pack(self, obj: Any, holder: int = 1, refs: list[Ref] | None = None) -> Packed:
+        """The same for a payload inside of a message, which is encoded with it in one go.
+
+        Raises:
+            RequestError: as ``encode``.
+        """
+        packed = Packed(self, holder, [] if refs is None else refs)
+        try:
+            packed.tree = packed.walk(obj)
+        except _FAULTS as error:
+            raise packed.refused(error, obj) from error
+        return packed
+
+    def unpack(self, tree: Buffer | msgspec.Raw, buffers: memoryview, lazy: bool = False) -> Any:
+        """The object that ``pack`` was given, from its encoded tree and its buffers, which follow one another.
+
+        Raises:
+            ConnectorError: as ``decode``.
+        """
+        try:
+            return self._reader.decode(tree, buffers, lazy)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise ConnectorError(f"damaged payload: {error}") from error
 
     def decode(self, payload: Buffer, lazy: bool = False) -> Any:
         """The object that ``encode`` was given. With ``lazy``, leaves in shared memory become ``LeafRef``s.
@@ -131,14 +133,49 @@ def deserialize_obj(data: Buffer) -> Any:
     return Codec().decode(data)
 
 
-class _Writer:
+class Packed:
+    """An object on its way to another process.
+
+    Attributes:
+        tree: what msgpack can encode; where a leaf was stands where its bytes are.
+        buffers: bytes of leaves, which follow one another.
+        shared: bytes in shared memory that it refers to.
+    """
+
+    __slots__ = ("_offset", "_refs", "buffers", "codec", "holder", "shared", "tree")
+
     def __init__(self, codec: Codec, holder: int, refs: list[Ref]) -> None:
         self.codec = codec
         self.holder = holder
         self.buffers: list[Buffer] = []
         self.shared = 0
+        self.tree: Any = None
         self._offset = 0
         self._refs = refs
+
+    def encode(self, message: Any) -> bytes:
+        """The encoded ``message``, which has the tree in it.
+
+        Raises:
+            RequestError: there is a value in it that msgpack cannot hold.
+        """
+        try:
+            return _ENCODER.encode(message)
+        except _FAULTS as error:
+            raise self.refused(error, self.tree) from error
+
+    def refused(self, error: Exception, obj: Any) -> RequestError:
+        """What ``error``, from packing or encoding ``obj``, means; gives back what was put into shared memory."""
+        for ref in self._refs:
+            assert self.codec.arena is not None
+            self.codec.arena.release(ref)
+        if isinstance(error, _CannotTravel):
+            path = ".".join(reversed(error.path)) or "value"
+            return RequestError(f"{path}: {error}", field=path, value=repr(error.value)[:200])
+        if isinstance(error, RecursionError):
+            return RequestError("value: nested too deep, or contains itself", field="value")
+        path = _locate(obj)
+        return RequestError(f"{path}: cannot travel between processes: {error}", field=path)
 
     def walk(self, obj: Any) -> Any:
         """``obj`` as values that msgpack knows, buffers set aside."""
@@ -149,11 +186,6 @@ class _Writer:
         if handler is None:
             raise _CannotTravel(f"a {kind.__module__}.{kind.__qualname__} cannot travel between processes", obj)
         return handler(self, obj)
-
-    def cancel(self) -> None:
-        for ref in self._refs:
-            assert self.codec.arena is not None
-            self.codec.arena.release(ref)
 
     def items(self, obj: Any) -> list[Any]:
         if set(map(type, obj)) <= _ATOMS:
@@ -241,30 +273,30 @@ def _ext(code: int, words: list[Any]) -> msgspec.msgpack.Ext:
 
 _ENCODER = msgspec.msgpack.Encoder()
 
-_HANDLERS: dict[type, Callable[[_Writer, Any], Any]] = {
-    dict: _Writer.mapping,
-    list: _Writer.items,
+_HANDLERS: dict[type, Callable[[Packed, Any], Any]] = {
+    dict: Packed.mapping,
+    list: Packed.items,
     tuple: lambda writer, obj: _ext(_TUPLE, writer.items(obj)),
     set: lambda writer, obj: _ext(_SET, writer.items(obj)),
     frozenset: lambda writer, obj: _ext(_FROZENSET, writer.items(obj)),
-    bytes: _Writer.small_bytes,
-    LeafRef: _Writer.lent,
+    bytes: Packed.small_bytes,
+    LeafRef: Packed.lent,
 }
 
 
 @functools.cache
-def _handler(cls: type) -> Callable[[_Writer, Any], Any] | None:
+def _handler(cls: type) -> Callable[[Packed, Any], Any] | None:
     """How values of a class that is not in ``_HANDLERS`` travel; None when they cannot."""
     name = f"{cls.__module__}.{cls.__qualname__}"
     if kind_of(cls) is not None:
-        return _Writer.leaf
+        return Packed.leaf
     if name in _KNOWN or _REGISTERED.get(name) is cls:
-        return _Writer.dataclass
+        return Packed.dataclass
     if issubclass(cls, msgspec.Struct) and name.startswith("vllm."):
-        return _Writer.struct
+        return Packed.struct
     if cls.__module__.startswith("torch"):
         if cls.__name__ == "Generator":
-            return _Writer.generator
+            return Packed.generator
         if cls.__name__ in ("dtype", "device"):
             return lambda writer, obj: _ext(_TORCH, [cls.__name__, str(obj).removeprefix("torch.")])
     if any(base.__module__ == "numpy" and base.__name__ == "generic" for base in cls.__mro__):
@@ -282,7 +314,7 @@ class _Reader:
         self.lazy = False
         self._decoder = msgspec.msgpack.Decoder(ext_hook=self.ext, strict=False)
 
-    def decode(self, header: Buffer, buffers: memoryview, lazy: bool) -> Any:
+    def decode(self, header: Buffer | msgspec.Raw, buffers: memoryview, lazy: bool) -> Any:
         self.buffers, self.lazy = buffers, lazy
         try:
             return self._decoder.decode(header)
