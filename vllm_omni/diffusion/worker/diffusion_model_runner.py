@@ -296,6 +296,8 @@ class DiffusionModelRunner:
         (request_id,) = entry.req.request_ids
         params = entry.req.sampling_params
         metrics = dict(out.metrics)
+        if state is not None:
+            metrics |= state.token_counts()  # what was decoded together has the first one's
         latents, timesteps = out.trajectory_latents, out.trajectory_timesteps
         if state is not None and state.keep_trajectory and latents is None:
             latents, timesteps = torch.stack(state.trajectory), state.timesteps

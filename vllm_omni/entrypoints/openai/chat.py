@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
@@ -18,6 +18,7 @@ from vllm_omni.entrypoints.openai.chat_pictures import chat_with_pictures, pictu
 from vllm_omni.entrypoints.openai.chat_protocol import PICTURE_FIELDS, ChatCompletionRequest, vllm_fields
 from vllm_omni.entrypoints.openai.chat_render import check_listed, checked_messages, divided, merged, sampling_params
 from vllm_omni.entrypoints.openai.chat_shapes import OpenAIShape, UpstreamShape
+from vllm_omni.entrypoints.openai.choices import all_of, check_choices, side_by_side, total_usage
 from vllm_omni.entrypoints.openai.health import service_of
 from vllm_omni.entrypoints.openai.request_ids import request_id
 from vllm_omni.entrypoints.openai.service import Service
@@ -46,6 +47,10 @@ class Chat:
     voice: str | None
     media: list[OmniRequestOutput] = field(default_factory=list)
     """What other stages made, of an answer that is not streamed."""
+    number: int | None = None
+    """Place of the answer among several that are requests of their own."""
+    turns: list[dict[str, Any]] | None = None
+    """The messages, once they are checked and their media read."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -53,6 +58,11 @@ class Chat:
         """What stages have to make; the text is an answer's transcript, too."""
         wanted = self.body.modalities or ["text"]
         return ["text", *(kind for kind in wanted if kind != "text")]
+
+    @property
+    def requests(self) -> int:
+        """Requests to the model that the answers take: of text alone the engine makes several of one."""
+        return (self.body.n or 1) if set(self.modalities) - {"text"} else 1
 
     @property
     def is_plain(self) -> bool:
@@ -96,8 +106,8 @@ def _checked(service: Service, body: ChatCompletionRequest, request: Request) ->
     for name in PICTURE_FIELDS:
         if getattr(body, name) is not None and "image" not in wanted:
             raise RequestError(f"{name}: the request asks for no pictures (modalities)", field=name)
-    if body.n not in (None, 1) and wanted - {"text"}:
-        raise RequestError(f"n={body.n}: several choices are for text alone", field="n")
+    if body.n is not None and wanted - {"text"}:
+        check_choices(body.n, service.args.max_queue)
     speaks, voice = "audio" in wanted, None
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs: needs logprobs=true", field="top_logprobs")
@@ -129,18 +139,48 @@ async def begin(chat: Chat) -> tuple[Turn, Any]:
     service, body = chat.service, chat.body
     assert service.text is not None
     defaults, fields, rest, stages = stage_params(service, body)
-    turns = await service.aside(checked_messages, body.messages, service.args)
+    turns = await _turns(chat)
     information = None if chat.voice is None else {"speaker": chat.voice}
     given = body.model_fields_set
     about = "messages", given, chat.media.append
     turn = Turn(service, stages, service.reader, rest, chat.modalities, information, *about)
     with typed_errors("messages", given):
         request = Plain(
-            **{**fields, **vllm_fields(body), "messages": turns, "request_id": chat.request_id},
+            **{**fields, **vllm_fields(body), **_of_choice(chat, fields, stages)},
+            messages=turns,
+            request_id=chat.request_id,
             model=service.adapter(body.model),
         )
         serving = service.text.chat(turn, defaults)
         return turn, checked(await serving.create_chat_completion(request, None), "messages", given)
+
+
+async def _turns(chat: Chat) -> list[dict[str, Any]]:
+    if chat.turns is None:
+        chat.turns = await chat.service.aside(checked_messages, chat.body.messages, chat.service.args)
+    return chat.turns
+
+
+def _of_choice(chat: Chat, fields: Mapping[str, Any], stages: Sequence[OmniSamplingParams]) -> dict[str, Any]:
+    """What is other for one of several answers: every seed, by its number, as vLLM has it for ``n``."""
+    if chat.number is None:
+        return {}
+    for place, params in enumerate(stages):
+        if place != chat.service.reader and params.seed is not None:
+            params.seed += chat.number
+    seed = fields.get("seed") if chat.body.seed is None else chat.body.seed
+    return {"n": 1, **({} if seed is None else {"seed": seed + chat.number})}
+
+
+async def _apart(chat: Chat) -> list[Chat]:
+    """A chat for each answer that is a request of its own."""
+    if chat.requests == 1:
+        return [chat]
+    await _turns(chat)  # once for all
+    return [
+        replace(chat, request_id=f"{chat.request_id}-{number}", media=[], number=number)
+        for number in range(chat.requests)
+    ]
 
 
 def stage_params(
@@ -183,39 +223,74 @@ def _of_pictures(stage: StageConfig, body: ChatCompletionRequest, limit: int) ->
 
 
 async def _whole(chat: Chat) -> bytes:
-    with chat.service.admitted():
-        turn, response = await begin(chat)
-        if turn.cancelled:
-            raise asyncio.CancelledError
-        answer: bytes = await chat.service.aside(_dumped, chat, turn.metrics, response)
+    with chat.service.admitted(chat.requests):
+        chats = await _apart(chat)
+        made = await all_of([_made(one) for one in chats])
+        answer: bytes = await chat.service.aside(_dumped, chats, made, f"chatcmpl-{chat.request_id}")
         return answer
 
 
-def _dumped(chat: Chat, metrics: Mapping[str, Any], response: Any) -> bytes:
-    answer = response.model_dump(exclude_none=True)  # vLLM's own fields alone when they say something
-    for choice in answer["choices"]:
-        choice.setdefault("logprobs", None)
-        choice["message"] = {"content": None, "refusal": None, **choice["message"]}
-    chat.shape.finish_answer(answer, join(chat.media))
-    if chat.body.return_stage_metrics:
-        answer["metrics"] = metrics
-    return json.dumps(answer, default=str).encode()
+async def _made(chat: Chat) -> tuple[Mapping[str, Any], Any]:
+    """What the stages say of one request, and vLLM's answer."""
+    turn, response = await begin(chat)
+    if turn.cancelled:
+        raise asyncio.CancelledError
+    return turn.metrics, response
+
+
+def _dumped(chats: Sequence[Chat], made: Sequence[tuple[Mapping[str, Any], Any]], name: str) -> bytes:
+    answers = []
+    for chat, (metrics, response) in zip(chats, made, strict=True):
+        answer = response.model_dump(exclude_none=True)  # vLLM's own fields alone when they say something
+        for choice in answer["choices"]:
+            choice.setdefault("logprobs", None)
+            choice["message"] = {"content": None, "refusal": None, **choice["message"]}
+        chat.shape.finish_answer(answer, join(chat.media))
+        if chat.body.return_stage_metrics:
+            (answer if chat.number is None else answer["choices"][-1])["metrics"] = metrics
+        answers.append(answer)
+    whole = {**answers[0], "id": name}
+    if len(answers) > 1:
+        choices = [choice for answer in answers for choice in answer["choices"]]
+        whole["choices"] = [{**choice, "index": index} for index, choice in enumerate(choices)]
+        whole["usage"] = total_usage([answer["usage"] for answer in answers])
+    return json.dumps(whole, default=str).encode()
 
 
 async def _streamed(chat: Chat) -> AsyncGenerator[bytes, None]:
-    with chat.service.admitted():
-        turn, pieces = await begin(chat)
-        try:
-            if chat.is_plain:
+    with chat.service.admitted(chat.requests):
+        if chat.is_plain:
+            turn, pieces = await begin(chat)
+            try:
                 async with aclosing(plain(turn, pieces)) as events:
                     async for event in events:
                         yield event
-            else:
-                async with aclosing(_mixed(chat, turn, pieces)) as events:
-                    async for event in events:
-                        yield event
-        finally:
-            await turn.aclose()
+            finally:
+                await turn.aclose()
+        else:
+            async with aclosing(_choices(chat)) as chunks:
+                async for chunk in chunks:
+                    yield sse(chunk)
+            yield DONE
+
+
+async def _choices(chat: Chat) -> AsyncGenerator[dict[str, Any], None]:
+    """The chunks of all answers; their usage comes together, at the end."""
+    chats = await _apart(chat)
+    usages: list[dict[str, Any]] = []
+    last: dict[str, Any] = {}
+    async with aclosing(side_by_side([_mixed(one) for one in chats])) as chunks:
+        async for number, chunk in chunks:
+            chunk["id"] = f"chatcmpl-{chat.request_id}"
+            if not chunk["choices"]:
+                usages.append(chunk["usage"])
+                last = chunk
+                continue
+            if chats[number].number is not None:
+                chunk["choices"] = [{**choice, "index": number} for choice in chunk["choices"]]
+            yield chunk
+    if usages:
+        yield {**last, "usage": total_usage(usages)}
 
 
 async def plain(turn: Turn, pieces: AsyncGenerator[str, None]) -> AsyncGenerator[bytes, None]:
@@ -238,8 +313,9 @@ def _raise_errors(turn: Turn, piece: str) -> None:
         raise StageError(str(json.loads(piece[6:])["error"]["message"]))
 
 
-async def _mixed(chat: Chat, turn: Turn, pieces: AsyncGenerator[str, None]) -> AsyncGenerator[bytes, None]:
-    """vLLM's chunks, and between them what other stages make. The chunks that end the answer come last."""
+async def _mixed(chat: Chat) -> AsyncGenerator[dict[str, Any], None]:
+    """One request's chunks: vLLM's, and between them what other stages make. Those that end the answer come last."""
+    turn, pieces = await begin(chat)
     events: asyncio.Queue[str | OmniRequestOutput | None] = asyncio.Queue()
     turn.on_media = events.put_nowait
 
@@ -258,7 +334,7 @@ async def _mixed(chat: Chat, turn: Turn, pieces: AsyncGenerator[str, None]) -> A
         while (event := await events.get()) is not None:
             if isinstance(event, OmniRequestOutput):
                 for delta in await chat.service.aside(shape.media_deltas, event):
-                    yield sse({**head, **shape.chunk(delta)})
+                    yield {**head, **shape.chunk(delta)}
                 continue
             _raise_errors(turn, event)
             if event == _DONE:
@@ -270,19 +346,19 @@ async def _mixed(chat: Chat, turn: Turn, pieces: AsyncGenerator[str, None]) -> A
                 continue
             now, end = shape.text(chunk)
             if now is not None:
-                yield sse(now)
+                yield now
             if end is not None:
                 ends.append(end)
         await task
     finally:
         task.cancel()
         await asyncio.wait({task})
+        await turn.aclose()
     for delta in shape.last_deltas():
-        yield sse({**head, **shape.chunk(delta)})
+        yield {**head, **shape.chunk(delta)}
     if chat.body.return_stage_metrics and ends:
         ends[-1]["metrics"] = turn.metrics
     for end in ends:
-        yield sse(end)
+        yield end
     if usage is not None:
-        yield sse(usage)
-    yield DONE
+        yield usage

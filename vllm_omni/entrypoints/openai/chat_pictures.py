@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request, Response
 
 from vllm_omni.entrypoints.openai.chat_protocol import TEXT_ONLY_FIELDS, ChatCompletionRequest, Message
-from vllm_omni.entrypoints.openai.images import encode_base64, parse_size, pictures, with_progress
+from vllm_omni.entrypoints.openai.choices import all_of, check_choices, side_by_side, total_usage
+from vllm_omni.entrypoints.openai.images import encode_base64, parse_size, pictures, token_usage, with_progress
 from vllm_omni.entrypoints.openai.request_ids import request_id
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.streaming import DONE, sse, streamed, while_connected
 from vllm_omni.errors import RequestError
-from vllm_omni.inputs.data import OmniTextPrompt
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniSamplingParams, OmniTextPrompt
 from vllm_omni.outputs import OmniRequestOutput
 
 
@@ -59,24 +61,65 @@ def picture_params(body: ChatCompletionRequest, limit: int) -> dict[str, Any]:
     return {**given, **parse_size(size, limit)}
 
 
+@dataclass(frozen=True)
+class PictureChat:
+    """A checked request: one run of the model for each of its ``n`` answers."""
+
+    service: Service
+    body: ChatCompletionRequest
+    prompt: str | OmniTextPrompt
+    runs: list[list[OmniSamplingParams]]
+    """Parameters of the stages, for each answer."""
+    head: dict[str, Any]
+    """What answer and chunks have in common."""
+
+
 async def chat_with_pictures(service: Service, body: ChatCompletionRequest, request: Request) -> Response:
     """Answer with pictures, as data URLs in the content."""
+    chat = _checked(service, body)
+    if body.stream:
+        return await streamed(request, _chunks(chat))
+    made = await while_connected(request.receive, _made(chat))
+    return Response(await service.aside(_answer, chat, made), media_type="application/json")
+
+
+def _checked(service: Service, body: ChatCompletionRequest) -> PictureChat:
     for name in TEXT_ONLY_FIELDS:
         value = getattr(body, name)
-        if value is not None and value is not False and (name, value) != ("n", 1):
+        if value is not None and value is not False:
             raise RequestError(f"{name}: {service.name} makes pictures and does not read it", field=name)
     for kind in body.modalities or ():
         service.check_makes(kind, "modalities")
+    check_choices(body.n or 1, service.args.max_queue)
     params = service.params(picture_params(body, service.args.max_generated_image_size))
     text = prompt_of(body.messages)
     prompt: str | OmniTextPrompt = text
     if body.negative_prompt is not None:
         prompt = {"prompt": text, "negative_prompt": body.negative_prompt}
-    if body.stream:
-        return await streamed(request, _chunks(service, body, prompt, params))
-    outputs = await while_connected(request.receive, service.collect(prompt, params, ["image"]))
-    data = await service.aside(_answer, service.name, outputs, body.return_stage_metrics)
-    return Response(data, media_type="application/json")
+    runs = [_numbered(service, params, number) for number in range(body.n or 1)]
+    head = {"id": f"chatcmpl-{request_id(body.request_id)}", "created": int(time.time()), "model": service.name}
+    return PictureChat(service, body, prompt, runs, head)
+
+
+def _numbered(service: Service, params: Sequence[OmniSamplingParams], number: int) -> list[OmniSamplingParams]:
+    """The parameters of one answer: every seed, also one that the server was started with, grows by its number."""
+    out = list(params)
+    for i, (stage, one) in enumerate(zip(service.omni.pipeline.stages, params, strict=True)):
+        seed = one.seed if one.seed is not None else stage.engine_args.get("default_seed")
+        if number and seed is not None and isinstance(one, OmniDiffusionSamplingParams):
+            out[i] = replace(one, seed=seed + number)
+            out[i].validate()
+    return out
+
+
+async def _made(chat: PictureChat) -> list[list[OmniRequestOutput]]:
+    with chat.service.admitted(len(chat.runs)):
+        return await all_of([_outputs(chat, params) for params in chat.runs])
+
+
+async def _outputs(chat: PictureChat, params: Sequence[OmniSamplingParams]) -> list[OmniRequestOutput]:
+    async with aclosing(chat.service.stream(chat.prompt, params, ["image"])) as outputs:
+        return [output async for output in outputs]
 
 
 def _parts(outputs: Sequence[OmniRequestOutput]) -> list[dict[str, Any]]:
@@ -84,44 +127,57 @@ def _parts(outputs: Sequence[OmniRequestOutput]) -> list[dict[str, Any]]:
     return [{"type": "image_url", "image_url": {"url": url}} for url in urls]
 
 
-def _answer(model: str, outputs: Sequence[OmniRequestOutput], with_metrics: bool) -> bytes:
-    message = {"role": "assistant", "content": _parts(outputs), "refusal": None}
-    answer = {
-        "id": f"chatcmpl-{request_id()}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
-        "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+def _usage(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The tokens of one answer; None when the pipeline does not tell them."""
+    used = token_usage(metrics, reads_pictures=False)
+    if used is None:
+        return None
+    return {
+        "prompt_tokens": used["input_tokens"],
+        "completion_tokens": used["output_tokens"],
+        "total_tokens": used["total_tokens"],
     }
-    if with_metrics:
-        answer["metrics"] = outputs[-1].metrics
+
+
+def _answer(chat: PictureChat, made: Sequence[Sequence[OmniRequestOutput]]) -> bytes:
+    choices = []
+    for index, outputs in enumerate(made):
+        message = {"role": "assistant", "content": _parts(outputs), "refusal": None}
+        choices.append({"index": index, "message": message, "finish_reason": "stop", "logprobs": None})
+    usage = total_usage([_usage(outputs[-1].metrics) for outputs in made])
+    answer: dict[str, Any] = {**chat.head, "object": "chat.completion", "choices": choices, "usage": usage}
+    if chat.body.return_stage_metrics:
+        for choice, outputs in zip([answer] if len(made) == 1 else choices, made, strict=True):
+            choice["metrics"] = outputs[-1].metrics
     return json.dumps(answer, default=str).encode()
 
 
-async def _chunks(
-    service: Service, body: ChatCompletionRequest, prompt: str | OmniTextPrompt, params: Sequence[Any]
-) -> AsyncGenerator[bytes, None]:
-    head = {"id": f"chatcmpl-{request_id()}", "object": "chat.completion.chunk", "created": int(time.time())}
+async def _chunks(chat: PictureChat) -> AsyncGenerator[bytes, None]:
+    head = {**chat.head, "object": "chat.completion.chunk"}
+    metrics: dict[int, dict[str, Any]] = {}
+    begun: set[int] = set()
 
-    def chunk(delta: dict[str, Any], finish: str | None = None, **more: Any) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        return sse({**head, "model": service.name, "choices": [choice], **more})
+    def chunk(index: int, delta: dict[str, Any], finish: str | None = None, **more: Any) -> bytes:
+        if index not in begun:
+            delta = {"role": "assistant", **delta}
+            begun.add(index)
+        return sse({**head, "choices": [{"index": index, "delta": delta, "finish_reason": finish}], **more})
 
-    metrics: dict[str, Any] = {}
-    with service.admitted():
-        role: dict[str, Any] = {"role": "assistant"}
-        async with aclosing(with_progress(service, prompt, params)) as events:
-            async for event in events:
+    with chat.service.admitted(len(chat.runs)):
+        runs = [with_progress(chat.service, chat.prompt, params) for params in chat.runs]
+        async with aclosing(side_by_side(runs)) as events:
+            async for index, event in events:
                 if isinstance(event, tuple):
                     stage_id, step, total = event
-                    yield chunk(role, progress={"stage_id": stage_id, "step": step, "total": total})
+                    yield chunk(index, {}, progress={"stage_id": stage_id, "step": step, "total": total})
                 elif isinstance(event, OmniRequestOutput):
-                    metrics = json.loads(json.dumps(event.metrics, default=str))  # a custom pipeline's may be anything
-                    yield chunk({**role, "content": await service.aside(_parts, [event])})
-                role = {}
-    yield chunk({}, "stop", **({"metrics": metrics} if body.return_stage_metrics else {}))
-    if body.stream_options is not None and body.stream_options.include_usage:
-        usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-        yield sse({**head, "model": service.name, "choices": [], "usage": usage})
+                    metrics[index] = event.metrics
+                    yield chunk(index, {"content": await chat.service.aside(_parts, [event])})
+    for index in range(len(chat.runs)):
+        # a custom pipeline's metrics may be anything
+        told = json.loads(json.dumps(metrics.get(index, {}), default=str))
+        yield chunk(index, {}, "stop", **({"metrics": told} if chat.body.return_stage_metrics else {}))
+    if chat.body.stream_options is not None and chat.body.stream_options.include_usage:
+        usage = total_usage([_usage(metrics.get(index, {})) for index in range(len(chat.runs))])
+        yield sse({**head, "choices": [], "usage": usage})
     yield DONE

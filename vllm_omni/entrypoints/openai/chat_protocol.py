@@ -210,7 +210,10 @@ PICTURE_FIELDS = (
     "num_outputs_per_prompt",
 )
 """Fields that only a model that makes pictures reads."""
-_COMMON = {"messages", "model", "modalities", "stream", "stream_options", "seed", "user", "return_stage_metrics"}
+_COMMON = {
+    *("messages", "model", "modalities", "stream", "stream_options", "seed", "user", "return_stage_metrics", "n"),
+    "request_id",
+}
 TEXT_ONLY_FIELDS = tuple(
     name for name in ChatCompletionRequest.model_fields if name not in _COMMON and name not in PICTURE_FIELDS
 )

@@ -32,6 +32,14 @@ _PARAMS = {
 """Names inside -> names in the requests, where they differ."""
 
 
+_INSTEAD = {
+    "best_of": "is not supported; n gives several answers to choose from",
+    "use_beam_search": "is not supported; n with temperature gives several answers",
+    "length_penalty": "is not supported; it belongs to beam search, which is not there",
+}
+"""Parameters of other servers -> what to do instead."""
+
+
 def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> bytes:
     """The JSON of an error."""
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status)
@@ -78,7 +86,7 @@ def _validation_message(error: dict[str, Any]) -> tuple[str, str | None]:
     if error["type"] == "missing":
         return f"{param} is missing", param
     if error["type"] == "extra_forbidden":
-        return f"{param}: unknown parameter, or one that this server does not support", param
+        return f"{param}: {_INSTEAD.get(param, 'unknown parameter, or one that this server does not support')}", param
     given = "" if isinstance(error.get("input"), (dict, list)) else f"={_short(error.get('input'))}"
     return f"{param}{given}: {error['msg']}", param
 

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -105,12 +105,36 @@ def pictures(outputs: Sequence[OmniRequestOutput]) -> list[Image]:
     return images
 
 
+def has_pictures(prompt: str | OmniTextPrompt) -> bool:
+    """Whether the model is given pictures."""
+    return not isinstance(prompt, str) and "multi_modal_data" in prompt
+
+
+def token_usage(metrics: Mapping[str, Any], reads_pictures: bool) -> dict[str, Any] | None:
+    """The tokens of a request for pictures, as OpenAI counts them: of the prompt, and of the pictures made.
+
+    None when the pipeline does not tell them in its ``metrics``: ``prompt_tokens``, ``output_tokens``, and
+    ``input_image_tokens`` when it reads pictures.
+    """
+    names = ("prompt_tokens", "output_tokens", *(("input_image_tokens",) if reads_pictures else ()))
+    if not all(type(metrics.get(name)) is int for name in names):  # a custom pipeline's may be anything
+        return None
+    text, made = metrics["prompt_tokens"], metrics["output_tokens"]
+    seen = metrics["input_image_tokens"] if reads_pictures else 0
+    return {
+        "input_tokens": text + seen,
+        "output_tokens": made,
+        "total_tokens": text + seen + made,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": seen},
+    }
+
+
 def shape(image: Image) -> str:
     """Its size as requests give it."""
     return f"{image.width}x{image.height}"
 
 
-def _answer(body: ImageGenerationRequest, outputs: Sequence[OmniRequestOutput]) -> bytes:
+def _answer(body: ImageGenerationRequest, outputs: Sequence[OmniRequestOutput], reads_pictures: bool) -> bytes:
     images = pictures(outputs)
     data = [
         {"b64_json": encode_base64(image, body.output_format, body.output_compression), "revised_prompt": None}
@@ -122,6 +146,9 @@ def _answer(body: ImageGenerationRequest, outputs: Sequence[OmniRequestOutput]) 
         "output_format": body.output_format,
         "size": shape(images[0]),
     }
+    usage = token_usage(outputs[-1].metrics, reads_pictures)
+    if usage is not None:
+        answer["usage"] = usage
     if body.return_stage_metrics:
         answer["metrics"] = outputs[-1].metrics
     return json.dumps(answer, default=str).encode()
@@ -164,8 +191,9 @@ async def drawn(
     if body.stream:
         return await streamed(request, _events(service, body, prompt, params, event))
     outputs = await while_connected(request.receive, service.collect(prompt, params, ["image"]))
+    made = body, outputs, has_pictures(prompt)
     small = sum(image.width * image.height for output in outputs for image in output.images) <= SMALL
-    answer = _answer(body, outputs) if small else await service.aside(_answer, body, outputs)
+    answer = _answer(*made) if small else await service.aside(_answer, *made)
     return Response(answer, media_type="application/json")
 
 
@@ -189,19 +217,14 @@ async def _events(
                         yield sse_raw(await service.aside(_picture_event, body, image, more), kind)
                     shown += 1
                 else:
-                    for index, image in enumerate(pictures([event])):
+                    made = pictures([event])
+                    usage = token_usage(event.metrics, has_pictures(prompt))
+                    for index, image in enumerate(made):
                         kind = f"{name}.completed"
-                        more = {"type": kind, "image_index": index, "usage": _USAGE}
+                        more = {"type": kind, "image_index": index, "usage": usage if image is made[-1] else None}
                         if body.return_stage_metrics:
                             more["metrics"] = event.metrics
                         yield sse_raw(await service.aside(_picture_event, body, image, more), kind)
-
-
-_USAGE = {
-    **dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0),
-    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
-}
-"""Nothing is counted in tokens."""
 
 
 def _picture_event(body: ImageGenerationRequest, image: Image, more: dict[str, Any]) -> bytes:

@@ -101,26 +101,26 @@ class Service:
     # ---------------------------------------------------------------- requests
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """A place among the open requests.
+    def admitted(self, places: int = 1) -> Iterator[None]:
+        """A place among the open requests, or several.
 
         Raises:
-            OverloadError: all places are taken.
+            OverloadError: there are not so many.
         """
-        if self._open >= self.args.max_queue:
+        if self._open + places > self.args.max_queue:
             self.metrics.refused.inc()
             wait = min(MAX_RETRY_AFTER, self._mean_seconds * self._open / 2)
             raise OverloadError(
-                f"{self._open} requests are open, as many as may be; try again later",
+                f"{self._open} requests are open, of {self.args.max_queue} that may be; try again later",
                 retry_after=wait,
                 code="queue_full",
             )
-        self._open += 1
+        self._open += places
         begun = time.monotonic()
         try:
             yield
         finally:
-            self._open -= 1
+            self._open -= places
             self._mean_seconds += 0.1 * (time.monotonic() - begun - self._mean_seconds)
 
     def params(self, diffusion: Mapping[str, Any]) -> list[OmniSamplingParams]:

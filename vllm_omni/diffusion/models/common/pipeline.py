@@ -147,6 +147,9 @@ class DiTPipeline(nn.Module, CFGParallelMixin, ABC):
             size=(params.height, params.width),
             guidance_scale=params.guidance_scale if self.defaults.guidance_scale is not None else None,
             cfg_scale=1.0 if params.true_cfg_scale is None else params.true_cfg_scale,
+            prompt_tokens=None
+            if cond.positive.counts is None
+            else sum(cond.positive.counts[:: params.num_outputs_per_prompt]),
             seed=params.seed,
             keep_trajectory=params.return_trajectory_latents,
             preview_steps=preview_steps(params.num_previews, params.num_inference_steps),
@@ -197,7 +200,7 @@ class DiTPipeline(nn.Module, CFGParallelMixin, ABC):
             output=output,
             trajectory_timesteps=state.timesteps[: len(state.trajectory)] if state.keep_trajectory else None,
             trajectory_latents=torch.stack(state.trajectory) if state.trajectory else None,
-            metrics={"seed": state.seed, "num_inference_steps": state.num_steps},
+            metrics={"seed": state.seed, "num_inference_steps": state.num_steps, **state.token_counts()},
         )
 
     @final

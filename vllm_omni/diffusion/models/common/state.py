@@ -25,6 +25,8 @@ class Conditioning:
     """Tokens that count of each text; None when all do."""
     pooled_BD: torch.Tensor | None = None
     """Pooled text, for models that modulate with it."""
+    counts: tuple[int, ...] | None = None
+    """Tokens of each text by itself, for who pays by them; None where the family does not tell."""
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     """Further tensors of one family by name, batch first."""
 
@@ -42,6 +44,7 @@ class Conditioning:
             if self.text_lengths is None
             else tuple(length for length in self.text_lengths for _ in range(copies)),
             pooled_BD=None if self.pooled_BD is None else self.pooled_BD.repeat_interleave(copies, dim=0),
+            counts=None if self.counts is None else tuple(count for count in self.counts for _ in range(copies)),
             extras={name: tensor.repeat_interleave(copies, dim=0) for name, tensor in self.extras.items()},
         )
 
@@ -82,6 +85,8 @@ class DenoiseState:
     """Classifier-free guidance; used when there is a negative branch."""
     step_index: int = 0
     """Steps done."""
+    prompt_tokens: int | None = None
+    """Tokens of the prompts by themselves; None where the family does not tell."""
     seed: int | None = None
     """The seed the noise was drawn from, when it was."""
     keep_trajectory: bool = False
@@ -109,6 +114,12 @@ class DenoiseState:
     def done(self) -> bool:
         """Whether no step is left."""
         return self.step_index >= self.num_steps
+
+    def token_counts(self) -> dict[str, int]:
+        """Tokens that went in and came out, as ``metrics`` name them; empty where the family does not tell."""
+        if self.prompt_tokens is None:
+            return {}
+        return {"prompt_tokens": self.prompt_tokens, "output_tokens": self.latents.shape[0] * self.latents.shape[1]}
 
     def batch_key(self) -> Hashable:
         """Requests with equal keys can share one forward: same latent grid and the same set of branches.

@@ -9,6 +9,11 @@ from typing import Any
 import torch
 
 
+def count_tokens(tokenizer: Any, texts: Sequence[str], most: int) -> tuple[int, ...]:
+    """Tokens of each text as ``tokenizer`` makes them, at most the ``most`` that the model reads; no template's."""
+    return tuple(min(len(tokenizer(text).input_ids), most) for text in texts)
+
+
 def encode_t5(encoder: Any, tokenizer: Any, texts: Sequence[str], max_length: int) -> torch.Tensor:
     """Last states of a T5 encoder, [B, max_length, D]; texts are cut or padded to ``max_length``, padding counts."""
     tokens = tokenizer(

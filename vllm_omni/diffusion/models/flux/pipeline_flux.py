@@ -15,7 +15,7 @@ from vllm_omni.diffusion.models.common.guidance import plain_cfg
 from vllm_omni.diffusion.models.common.images import postprocess_images
 from vllm_omni.diffusion.models.common.pipeline import DiTPipeline
 from vllm_omni.diffusion.models.common.state import Conditioning
-from vllm_omni.diffusion.models.common.text_encoders import encode_clip_pooled, encode_t5
+from vllm_omni.diffusion.models.common.text_encoders import count_tokens, encode_clip_pooled, encode_t5
 from vllm_omni.diffusion.models.flux.defaults import DEV, SCHNELL
 from vllm_omni.diffusion.models.flux.flux_transformer import FluxTransformer2DModel
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
@@ -51,6 +51,7 @@ class FluxPipeline(DiTPipeline):
         return Conditioning(
             text_BTD=encode_t5(self.text_encoder_2, self.tokenizer_2, texts, params.max_sequence_length),
             pooled_BD=encode_clip_pooled(self.text_encoder, self.tokenizer, texts),
+            counts=count_tokens(self.tokenizer_2, texts, params.max_sequence_length),
         )
 
     def combine(self, positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:

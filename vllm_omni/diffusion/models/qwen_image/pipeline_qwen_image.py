@@ -15,7 +15,7 @@ from vllm_omni.diffusion.models.common.guidance import norm_preserving_cfg
 from vllm_omni.diffusion.models.common.images import postprocess_images
 from vllm_omni.diffusion.models.common.pipeline import DiTPipeline
 from vllm_omni.diffusion.models.common.state import Conditioning
-from vllm_omni.diffusion.models.common.text_encoders import PromptTemplate, encode_causal_lm
+from vllm_omni.diffusion.models.common.text_encoders import PromptTemplate, count_tokens, encode_causal_lm
 from vllm_omni.diffusion.models.qwen_image.defaults import QWEN_IMAGE
 from vllm_omni.diffusion.models.qwen_image.qwen_image_transformer import QwenImageTransformer2DModel
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
@@ -60,7 +60,8 @@ class QwenImagePipeline(DiTPipeline):
         text_BTD, lengths = encode_causal_lm(
             self.text_encoder.model, self.tokenizer, texts, TEMPLATE, params.max_sequence_length
         )
-        return Conditioning(text_BTD=text_BTD, text_lengths=lengths)
+        counts = count_tokens(self.tokenizer, texts, params.max_sequence_length)
+        return Conditioning(text_BTD=text_BTD, text_lengths=lengths, counts=counts)
 
     def combine(self, positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
         """See ``DiTPipeline.combine``."""
