@@ -73,13 +73,17 @@ _PROMPT_KEYS = frozenset(
     {*OmniTextPrompt.__annotations__, *OmniTokensPrompt.__annotations__, *OmniEnginePrompt.__annotations__}
 )
 _PROMPTS = ("prompt", "prompt_token_ids", "engine_input")
+_MAPPINGS = (
+    *("engine_input", "multi_modal_data", "mm_processor_kwargs"),
+    *("additional_information", "reasoning_parser_kwargs"),
+)
 
 
 def check_prompt(prompt: Any) -> None:
     """Check the form of a prompt.
 
     Raises:
-        RequestError: neither text nor a dictionary with known keys, or no prompt in it.
+        RequestError: neither text nor a dictionary with known keys, no prompt in it, or a value of the wrong type.
     """
     if isinstance(prompt, str):
         _check_text("prompt", prompt)
@@ -96,6 +100,24 @@ def check_prompt(prompt: Any) -> None:
     for key in ("prompt", "negative_prompt"):
         if key in prompt:
             _check_text(key, prompt[key])
+    for key in _MAPPINGS:
+        value = prompt.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise RequestError(f"{key} must be a dictionary, got {type(value).__name__}", field=key)
+    if "prompt_token_ids" in prompt:
+        _check_tokens(prompt["prompt_token_ids"])
+
+
+def _check_tokens(tokens: Any) -> None:
+    if not isinstance(tokens, Sequence) or isinstance(tokens, (str, bytes)):
+        raise RequestError(
+            f"prompt_token_ids must be a list of token ids, got {type(tokens).__name__}", field="prompt_token_ids"
+        )
+    if not all(isinstance(token, int) for token in tokens):
+        wrong = next(token for token in tokens if not isinstance(token, int))
+        raise RequestError(
+            f"prompt_token_ids must be whole numbers, got {type(wrong).__name__}", field="prompt_token_ids"
+        )
 
 
 def _check_text(name: str, text: Any) -> None:

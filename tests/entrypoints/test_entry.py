@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from vllm_omni.entrypoints.omni_args import STAGE_CONFIGS
 from vllm_omni.entrypoints.orchestrator import Orchestrator
 from vllm_omni.entrypoints.params import default_params, each, params_for, text_stages
 from vllm_omni.entrypoints.stage_graph import StageGraph, StageNode
-from vllm_omni.errors import RequestError
+from vllm_omni.errors import ConfigError, RequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.model_executor.voices import check_speaker, voices_of
 from vllm_omni.request import OmniRequest
@@ -54,6 +55,37 @@ def test_what_ends_a_stage_s_output_is_never_dropped() -> None:
     assert talker.all_stop_token_ids == {7}
     longer = SamplingParams(max_tokens=10, ignore_eos=True)
     assert params_for(DEFAULTS, [DEFAULTS[0], longer, DEFAULTS[2]])[1] is longer
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "field", "words"),
+    [
+        ("max_tokens", 0, "max_tokens", "at least 1"),
+        ("temperature", -1.0, "temperature", "non-negative"),
+        ("temperature", "hot", "sampling_params", "'<' not supported"),
+        ("n", 3, "sampling_params", "greedy"),
+    ],
+)
+def test_values_that_were_set_after_vllm_had_checked(name: str, value: Any, field: str, words: str) -> None:
+    """For every stage, also where the stage's defaults themselves were changed."""
+    wrong = SamplingParams(temperature=0.0, max_tokens=5)
+    setattr(wrong, name, value)
+    for defaults, given in ((DEFAULTS, [DEFAULTS[0], wrong, DEFAULTS[2]]), (DEFAULTS, wrong), ({0: wrong}, None)):
+        with pytest.raises(RequestError, match=words) as caught:
+            params_for(defaults, given, text=TEXT)
+        assert caught.value.details["field"] == field
+
+
+def test_wrong_defaults_are_the_configurations_error() -> None:
+    talker = replace(PIPELINE.stages[1], default_sampling_params={"max_tokens": 0})
+    with pytest.raises(ConfigError, match="stage 1: default_sampling_params: max_tokens must be at least 1"):
+        default_params(replace(PIPELINE, stages=(PIPELINE.stages[0], talker)))
+
+
+def test_loose_arguments_need_a_diffusion_stage() -> None:
+    for name, hint in (("height", "stage$"), ("hight", "did you mean 'height'")):
+        with pytest.raises(RequestError, match=hint):
+            params_for(DEFAULTS, None, {name: 64})
 
 
 def test_options_go_to_the_stage_that_reads_the_prompt() -> None:

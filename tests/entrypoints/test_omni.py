@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,10 @@ def test_one_bad_prompt_among_good_ones(omni: Omni) -> None:
         (b"x", "a prompt is text or a dictionary, got bytes"),
         ("\ud800", "prompt: half a surrogate pair at character 0"),
         ({"prompt": "x", "negative_prompt": 3}, "negative_prompt must be text, got int"),
+        ({"prompt": "x", "additional_information": [1]}, "additional_information must be a dictionary, got list"),
+        ({"prompt": "x", "multi_modal_data": "cat.png"}, "multi_modal_data must be a dictionary, got str"),
+        ({"prompt_token_ids": "abc"}, "prompt_token_ids must be a list of token ids, got str"),
+        ({"prompt_token_ids": [1, "a"]}, "prompt_token_ids must be whole numbers, got str"),
         ({"prompt": "x", "multi_modal_data": {"image": object()}}, "multi_modal_data.image: a builtins.object cannot"),
     ],
 )
@@ -255,8 +259,17 @@ def test_close(tmp_path: Path) -> None:
     omni.close()
     omni.close()
     assert not omni.is_running
-    with pytest.raises(StageDeadError, match="closed"):
-        run(omni, "x")
+    calls: list[Callable[[], Any]] = [
+        lambda: run(omni, "x"),
+        lambda: omni.collective_rpc("report"),
+        lambda: omni.check_health(),
+        lambda: omni.start_profile(),
+        lambda: omni.stop_profile(),
+    ]
+    for call in calls:
+        with pytest.raises(StageDeadError, match="closed"):
+            call()
+    omni.abort("x")  # as of any request that has ended
 
 
 def test_a_script_needs_no_main_guard_and_no_close(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ class OmniInputProcessor(InputProcessor):
             field = "prompt" if named in (None, "input_tokens", "input_text") else named
             raise RequestError(str(error.args[0] if error.args else error), field=field) from error
         except (ValueError, TypeError, KeyError, OSError, ImportError, NotImplementedError) as error:
-            raise RequestError(f"{type(error).__name__}: {error}", field="prompt") from error
+            raise RequestError(_reason(error), field="prompt") from error
         self._check_media(request)
         request.external_req_id = request_id
         for name, value in parts.reasoning.items():
@@ -232,6 +232,8 @@ class OmniInputProcessor(InputProcessor):
             return prompt["engine_input"]
         if set(prompt) == {"prompt_token_ids"}:
             return {"type": "token", "prompt_token_ids": list(prompt["prompt_token_ids"]), "arrival_time": time.time()}
+        for kind, items in prompt.get("multi_modal_data", {}).items():
+            _check_items(kind, items)
         if "prompt_token_ids" in prompt:
             prompt = TokensPrompt(**prompt)
         renderer = self.renderer
@@ -239,6 +241,23 @@ class OmniInputProcessor(InputProcessor):
             [parse_model_prompt(self.model_config, prompt)], renderer.default_cmpl_tok_params
         )
         return rendered
+
+
+def _check_items(kind: str, items: Any) -> None:
+    """What vLLM's processors answer without saying what is wrong."""
+    for item in items if isinstance(items, list) else [items]:
+        values, about = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
+        if isinstance(values, np.ndarray) and values.size == 0:
+            raise RequestError(f"{kind}: nothing is in it (its shape is {values.shape})", field="multi_modal_data")
+        if kind == "audio" and about is not None and not (isinstance(about, (int, float)) and about > 0):
+            raise RequestError(f"audio: sampling rate {about!r}: must be a number above 0", field="multi_modal_data")
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first: errors raised from it repeat the caller's media."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error)[:500]}"
 
 
 def _media_ids(config: Any) -> dict[int, str]:

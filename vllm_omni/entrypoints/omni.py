@@ -34,7 +34,7 @@ class Omni:
     def __init__(self, model: str | None = None, **kwargs: Any) -> None:
         self._async = AsyncOmni(model, **kwargs)
         self._loop = LoopThread("omni-loop")
-        self._finalizer = weakref.finalize(self, _close, self._async, self._loop)
+        self._finalizer = weakref.finalize(self, self._loop.stop, self._async.shutdown)
         self._loop.run(self._async.attach())
 
     def generate(
@@ -154,7 +154,8 @@ class Omni:
 
     def abort(self, request_id: str) -> None:
         """Abort every open request with this id (outputs carry it); from any thread. Idempotent."""
-        self._loop.run(self._async.abort(request_id))
+        if not self._async.is_stopped:
+            self._loop.run(self._async.abort(request_id))
 
     def start_profile(self, stages: Sequence[int] | None = None) -> None:
         """Start a torch profiler trace in all stages, or in ``stages``."""
@@ -219,8 +220,3 @@ def _whole(request: OmniRequest | OmniError) -> OmniRequest | OmniError:
     if isinstance(request, OmniError):
         return request
     return replace(request, sampling_params=whole_answers(request.sampling_params))
-
-
-def _close(engine: AsyncOmni, loop: LoopThread) -> None:
-    loop.run_function(engine.shutdown)
-    loop.stop()

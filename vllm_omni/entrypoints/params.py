@@ -4,6 +4,7 @@ arguments."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -31,8 +32,9 @@ def _default(stage: StageConfig) -> OmniSamplingParams:
             return params
         from vllm import SamplingParams
 
-        return SamplingParams(**values)
-    except (RequestError, TypeError, ValueError) as error:
+        with _vllms_errors():
+            return SamplingParams(**values)
+    except (RequestError, TypeError) as error:
         raise ConfigError(
             f"stage {stage.stage_id}: default_sampling_params: {error}", field="default_sampling_params"
         ) from error
@@ -98,7 +100,34 @@ def params_for(
     for params in out.values():
         if isinstance(params, OmniDiffusionSamplingParams):
             params.validate()
+        else:
+            _check(params)
     return out
+
+
+def _check(params: Any) -> None:
+    """vLLM checks parameters when they are made; this checks what was set since.
+
+    Raises:
+        RequestError: a value is wrong.
+    """
+    import msgspec
+
+    with _vllms_errors():
+        msgspec.structs.replace(params)
+
+
+@contextmanager
+def _vllms_errors() -> Iterator[None]:
+    """What vLLM's ``SamplingParams`` refuse is a ``RequestError``."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        yield
+    except VLLMValidationError as error:
+        raise RequestError(str(error.args[0]), field=error.parameter or "sampling_params") from error
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"sampling params: {error}", field="sampling_params") from error
 
 
 def _with_ends(default: Any, given: Any) -> OmniSamplingParams:
@@ -110,7 +139,8 @@ def _with_ends(default: Any, given: Any) -> OmniSamplingParams:
         return given
     import msgspec
 
-    return msgspec.structs.replace(given.clone(), stop_token_ids=[*(given.stop_token_ids or ()), *sorted(missing)])
+    with _vllms_errors():
+        return msgspec.structs.replace(given.clone(), stop_token_ids=[*(given.stop_token_ids or ()), *sorted(missing)])
 
 
 def check_previews(params: Mapping[int, OmniSamplingParams], on_preview: Callable[..., None] | None) -> None:
@@ -148,7 +178,8 @@ def _fold(out: dict[int, OmniSamplingParams], loose: Mapping[str, Any]) -> None:
             out[stage_id] = copy
     if not folded:
         name = next(iter(loose))
-        raise RequestError(f"{name}: no stage takes it, there is no diffusion stage{nearest(name, known)}", field=name)
+        hint = "" if name in known else nearest(name, known)
+        raise RequestError(f"{name}: no stage takes it, there is no diffusion stage{hint}", field=name)
 
 
 def each(given: Any, count: int, name: str) -> list[Any]:
