@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from selenium.webdriver import Chrome
 
+from tests.entrypoints.graphs import stage, write
 from tests.entrypoints.openai.browser import chromium
 from tests.entrypoints.openai.server import Server, picture_stages
+
+PIPELINE = "tests.entrypoints.openai.edit_pipeline.InvertPipeline"
+VIDEOS = "tests.entrypoints.openai.video_stage.VideoStage"
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +71,34 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield server
     assert server.stop() == 0, server.log
     assert "Traceback" not in server.log, server.log
+
+
+@pytest.fixture(scope="package")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Makes negatives of pictures: a pipeline that is not the package's."""
+    from vllm_omni.diffusion.tiny_models import make_tiny_model
+
+    folder = make_tiny_model("qwen-image", tmp_path_factory.mktemp("tiny"))
+    server = Server(
+        *("--model", str(folder), "--served-model-name", "editor", "--diffusion-load-format", "dummy"),
+        *("--custom-pipeline-args", json.dumps({"pipeline_class": PIPELINE}), "--max-media-pixels", "10000"),
+    )
+    yield server
+    assert server.stop() == 0, server.log
+    assert "Traceback" not in server.log, server.log
+
+
+@pytest.fixture(scope="package")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Makes videos, without a model."""
+    path = write(tmp_path_factory.mktemp("films"), [stage(0, final="video", engine={"engine_cls": VIDEOS})])
+    words = ["--stage-configs-path", path, "--served-model-name", "films", "--model", "none", "--max-queue", "4"]
+    words += ["--max-generated-image-size", "65536"]
+    server = Server(*words, TMPDIR=str(tmp_path_factory.mktemp("tmp")))
+    yield server
+    assert server.stop() == 0, server.log
+    assert "Traceback" not in server.log, server.log
+    assert not list(tmp_path_factory.getbasetemp().glob("tmp*/vllm-omni-videos-*"))
 
 
 @pytest.fixture(scope="package")

@@ -20,13 +20,13 @@ from tests.entrypoints.openai.browser import resize, scheme
 
 WAIT_S = 60
 AXE = Path(__file__).with_name("vendor") / "axe-4.14.1.min.js.gz"
-MODES = {"pictures": "prompt", "chat": "words", "speech": "input"}
+MODES = {"pictures": "prompt", "videos": "video-prompt", "chat": "words", "speech": "input"}
 """Part of the page -> its field for text."""
 
 FORGET = """const done = arguments[0];
 localStorage.clear(); sessionStorage.clear();
 import("/playground/store.js")
-  .then((store) => Promise.all(["runs", "turns", "clips"].map(store.clear)))
+  .then((store) => Promise.all(["runs", "turns", "clips", "films"].map(store.clear)))
   .then(() => done(null), (error) => done(String(error)));"""
 
 

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,10 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.entrypoints.graphs import stage, write
 from tests.entrypoints.openai.server import Server, error_of
 from tests.entrypoints.openai.test_guide import Block, blocks, run_block
 
 EDITS, VIDEOS = "/v1/images/edits", "/v1/videos"
-PIPELINE = "tests.entrypoints.openai.edit_pipeline.InvertPipeline"
-STAGE = "tests.entrypoints.openai.video_stage.VideoStage"
 
 
 def png(colour: tuple[int, int, int] = (10, 100, 200), size: tuple[int, int] = (48, 32)) -> bytes:
@@ -33,32 +29,6 @@ def png(colour: tuple[int, int, int] = (10, 100, 200), size: tuple[int, int] = (
 def opened(data: str) -> Image.Image:
     """A picture of an answer."""
     return Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-
-
-@pytest.fixture(scope="module")
-def editor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    from vllm_omni.diffusion.tiny_models import make_tiny_model
-
-    folder = make_tiny_model("qwen-image", tmp_path_factory.mktemp("tiny"))
-    server = Server(
-        *("--model", str(folder), "--served-model-name", "editor", "--diffusion-load-format", "dummy"),
-        *("--custom-pipeline-args", json.dumps({"pipeline_class": PIPELINE}), "--max-media-pixels", "10000"),
-    )
-    yield server
-    assert server.stop() == 0, server.log
-    assert "Traceback" not in server.log, server.log
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    path = write(tmp_path_factory.mktemp("films"), [stage(0, final="video", engine={"engine_cls": STAGE})])
-    words = ["--stage-configs-path", path, "--served-model-name", "films", "--model", "none", "--max-queue", "4"]
-    words += ["--max-generated-image-size", "65536"]
-    server = Server(*words, TMPDIR=str(tmp_path_factory.mktemp("tmp")))
-    yield server
-    assert server.stop() == 0, server.log
-    assert "Traceback" not in server.log, server.log
-    assert not list(tmp_path_factory.getbasetemp().glob("tmp*/vllm-omni-videos-*"))
 
 
 def paths(server: Server) -> set[str]:

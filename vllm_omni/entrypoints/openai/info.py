@@ -11,16 +11,22 @@ from pydantic import BaseModel
 from vllm_omni.config.stage import StageConfig
 from vllm_omni.engine.stage_engine import StageInfo
 from vllm_omni.entrypoints.openai.chat_protocol import ChatCompletionRequest
+from vllm_omni.entrypoints.openai.forms import MAX_FILES
 from vllm_omni.entrypoints.openai.health import service_of
 from vllm_omni.entrypoints.openai.images import ImageGenerationRequest
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.speech import SpeechRequest
+from vllm_omni.entrypoints.openai.videos import VideoRequest
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.version import __version__
 
 router = APIRouter()
 
 _PARAMETERS = ("negative_prompt", "num_inference_steps", "guidance_scale", "true_cfg_scale", "seed", "n")
+_VIDEO_PARAMETERS = (
+    *("negative_prompt", "num_inference_steps", "guidance_scale", "true_cfg_scale", "seed", "seconds", "num_frames"),
+    "fps",
+)
 _CHAT_PARAMETERS = ("max_completion_tokens", "temperature", "top_p", "seed")
 _CHAT_PICTURE_PARAMETERS = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "seed")
 _SPEECH_PARAMETERS = ("input", "instructions", "max_new_tokens", "seed")
@@ -41,6 +47,8 @@ async def info(request: Request) -> dict[str, Any]:
     }
     if "image" in service.makes:
         answer["image"] = _image(service)
+    if "video" in service.makes:
+        answer["video"] = _video(service)
     if service.omni.renderer is not None:
         answer["chat"] = _chat(service)
         if "audio" in service.makes:
@@ -96,32 +104,58 @@ def _image(service: Service) -> dict[str, Any]:
 
     A model that tells nothing of itself (a custom pipeline) takes them all, for all that the server knows.
     """
-    model, given = _sampling(service)
-    limit = service.args.max_generated_image_size
+    facts, given = _sampling(service, "image")
+    model = facts.get("sampling")
     bounds = _bounds(ImageGenerationRequest)
     defaults = {**(model or {}), **given, "n": given.get("num_outputs_per_prompt", 1)}
     taken = [name for name in _PARAMETERS if name != "guidance_scale" or model is None or model[name] is not None]
     return {
         "parameters": {name: {"default": defaults.get(name), **bounds[name]} for name in taken},
-        "size": {
-            "default": [defaults.get("width"), defaults.get("height")],
-            "multiple": 1 if model is None else model["multiple"],
-            "max_pixels": min(limit, (model or {}).get("max_pixels", limit)),
-        },
+        "size": _size(service, model, defaults),
         "prompt": bounds["prompt"],
-        "previews": bounds["partial_images"],
+        **({"previews": bounds["partial_images"]} if facts.get("previews", True) else {}),
         "output_formats": bounds["output_format"]["enum"],
+        **_pictures_in(service, MAX_FILES),
     }
 
 
-def _sampling(service: Service) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """The table of the model that draws, and what the stage configuration says instead."""
+def _video(service: Service) -> dict[str, Any]:
+    """Parameters of a request for a video, as for pictures."""
+    facts, given = _sampling(service, "video")
+    model = facts.get("sampling")
+    bounds = _bounds(VideoRequest)
+    defaults = {**(model or {}), **given}
+    return {
+        "parameters": {name: {"default": defaults.get(name), **bounds[name]} for name in _VIDEO_PARAMETERS},
+        "size": _size(service, model, defaults),
+        "prompt": bounds["prompt"],
+        **_pictures_in(service, 1),
+    }
+
+
+def _size(service: Service, model: Mapping[str, Any] | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    limit = service.args.max_generated_image_size
+    return {
+        "default": [defaults.get("width"), defaults.get("height")],
+        "multiple": 1 if model is None else model["multiple"],
+        "max_pixels": min(limit, (model or {}).get("max_pixels", limit)),
+    }
+
+
+def _pictures_in(service: Service, most: int) -> dict[str, Any]:
+    """What may go along with a prompt, as for chats."""
+    inputs = {"image": most} if "image" in service.reads else {}
+    return {"inputs": inputs, "max_media_bytes": service.args.max_media_bytes}
+
+
+def _sampling(service: Service, kind: str) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Facts of the stage that makes pictures or videos, and the parameters that its configuration sets."""
     omni = service.omni
     for stage, params in zip(omni.pipeline.stages, omni.default_sampling_params_list, strict=True):
-        if isinstance(params, OmniDiffusionSamplingParams) and stage.final_output_type == "image":
+        if isinstance(params, OmniDiffusionSamplingParams) and stage.final_output_type == kind:
             given = {name: value for name, value in vars(params).items() if value is not None}
-            return omni.stage_infos[stage.stage_id].facts.get("sampling"), given
-    return None, {}
+            return omni.stage_infos[stage.stage_id].facts, given
+    return {}, {}
 
 
 def _parameters(body: type[BaseModel], names: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,8 +68,8 @@ class VideoJobs:
         self._jobs: dict[str, VideoJob] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def start(self, job: VideoJob, work: Callable[[VideoJob], Awaitable[bytes]]) -> None:
-        """Run ``work``, which makes the file.
+    def start(self, job: VideoJob, work: Callable[[VideoJob], Awaitable[bytes]]) -> asyncio.Task[None]:
+        """Run ``work``, which makes the file; returns the task that does.
 
         Raises:
             OverloadError: too many jobs are kept, and none has expired.
@@ -79,6 +79,7 @@ class VideoJobs:
             raise OverloadError(f"{MAX_JOBS} videos are kept; delete some", retry_after=60, code="too_many_videos")
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._run(job, work))
+        return job.task
 
     async def _run(self, job: VideoJob, work: Callable[[VideoJob], Awaitable[bytes]]) -> None:
         try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -122,7 +122,8 @@ def _sampling(body: VideoRequest, limit: int) -> dict[str, Any]:
     if body.seconds is not None:
         if body.num_frames is not None:
             raise RequestError("seconds: given beside num_frames", field="seconds")
-        given["num_frames"] = max(1, round(body.seconds * (body.fps or FPS)))
+        given["fps"] = body.fps or FPS  # the model is to show as many a second as it was asked to make
+        given["num_frames"] = max(1, round(body.seconds * given["fps"]))
     size = parse_size(body.size, limit)
     frames = given.get("num_frames", 1)
     if frames * size.get("width", 0) * size.get("height", 0) > MAX_PICTURES * limit:
@@ -181,7 +182,7 @@ async def _made(service: Service, body: VideoRequest, prompt: Any, params: Seque
             outputs.append(output)
     if not outputs:
         raise StageError("the model made no video")
-    data, facts = await service.aside(encoded, outputs[-1], body.fps)
+    data, facts = await service.aside(encoded, outputs[-1], body.fps or (FPS if body.seconds is not None else None))
     job.size, job.seconds = facts.pop("size"), f"{facts['duration_s']:g}"
     job.facts = facts
     return data
@@ -198,21 +199,20 @@ async def create(request: Request) -> Response:
     """Begin a video; ``GET /v1/videos/{video_id}`` says how far it is."""
     service = service_of(request)
     async with _read(request, service) as (body, prompt, params):
-        place = service.admitted()
-        place.__enter__()
 
         async def work(job: VideoJob) -> bytes:
             return await _made(service, body, prompt, params, job)
 
         job = _job(service, body)
-        try:
-            service.videos.start(job, work)
-        except BaseException:
-            place.__exit__(None, None, None)
-            raise
-        assert job.task is not None
-        job.task.add_done_callback(lambda _: place.__exit__(None, None, None))
+        with ExitStack() as place:
+            place.enter_context(service.admitted())
+            service.videos.start(job, work).add_done_callback(_leaver(place.pop_all()))
     return _answer(job.shown())
+
+
+def _leaver(place: ExitStack) -> Callable[[object], None]:
+    """What gives a place back when its job has ended."""
+    return lambda _: place.close()
 
 
 async def sync(request: Request) -> Response:

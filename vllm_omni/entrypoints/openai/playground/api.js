@@ -48,19 +48,34 @@ export async function get(path) {
   return (await send(path, { cache: "no-store" })).json();
 }
 
-/** POST JSON text; yields the data of each server-sent event. Aborting `signal` cancels the request. */
-export async function* stream(path, json, signal) {
+/** POST JSON text or a form; the JSON of the answer. */
+export async function post(path, body) {
+  dispatchEvent(new Event("omni-request"));
+  return (await send(path, posted(body))).json();
+}
+
+/** The file at a path. */
+export async function blob(path) {
+  return (await send(path)).blob();
+}
+
+export const remove = (path) => send(path, { method: "DELETE" });
+
+// A form says its type itself, with what separates its parts.
+const posted = (body) => ({ method: "POST", body, headers: body instanceof FormData ? {} : { "content-type": "application/json" } });
+
+/** POST JSON text or a form; yields the data of each server-sent event. Aborting `signal` cancels the request. */
+export async function* stream(path, body, signal) {
   dispatchEvent(new Event("omni-request"));
   try {
-    yield* events(path, json, signal);
+    yield* events(path, body, signal);
   } finally {
     dispatchEvent(new Event("omni-request"));
   }
 }
 
-async function* events(path, json, signal) {
-  const headers = { "content-type": "application/json" };
-  const answer = await send(path, { method: "POST", headers, body: json, signal });
+async function* events(path, body, signal) {
+  const answer = await send(path, { ...posted(body), signal });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let pieces = []; // of an event whose end has not come; joined once, as one with a picture comes in many
   for (;;) {

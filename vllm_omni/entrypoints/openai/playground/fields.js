@@ -1,7 +1,7 @@
 // Fields of forms: numbers with keys and sliders, what the server says of them, and what was last in them.
 import { el } from "./dom.js";
 
-const WHOLE = new Set(["num_inference_steps", "n", "seed", "max_completion_tokens", "max_new_tokens"]);
+const WHOLE = new Set(["num_inference_steps", "n", "seed", "max_completion_tokens", "max_new_tokens", "num_frames", "fps"]);
 const NUMBER = /^-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i;
 
 /** Give a field a value as if it had been typed. */
@@ -105,7 +105,7 @@ export function showError(form, param, message) {
   if (message) {
     const hidden = field.closest("details:not([open])");
     if (hidden) hidden.open = true;
-    field.querySelector("input, textarea, select").focus();
+    field.querySelector("input:not([hidden]), textarea, select, button").focus();
   }
   return true;
 }

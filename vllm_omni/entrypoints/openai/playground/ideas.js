@@ -8,6 +8,7 @@ export const TO_DRAW = [
   "three yellow stars on a dark blue background",
   "a green tree left of an orange house",
 ];
+export const TO_FILM = ["waves at dusk, seen from a cliff", "a paper boat on a rainy street"];
 export const TO_SAY = ["Good morning. The rain has gone, and the sun is out.", "The train to the coast leaves from platform four."];
 
 /** A button for each, which puts it into a field. */

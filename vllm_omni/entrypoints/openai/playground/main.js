@@ -6,11 +6,13 @@ import * as pictures from "./pictures.js";
 import * as speech from "./speech.js";
 import * as store from "./store.js";
 import { shortNames } from "./timeline.js";
+import * as videos from "./videos.js";
 
 const HEALTH_MS = 4000;
 // [name, part of the server's facts, word, module], in the order in which they are offered.
 const MODES = [
   ["pictures", "image", "Pictures", pictures],
+  ["videos", "video", "Videos", videos],
   ["chat", "chat", "Chat", chat],
   ["speech", "speech", "Speech", speech],
 ];
@@ -48,7 +50,7 @@ function choose() {
     if (link.hash === `#${chosen[0]}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  byId("skip").hash = { pictures: "#prompt", chat: "#words", speech: "#input" }[chosen[0]];
+  byId("skip").hash = { pictures: "#prompt", videos: "#video-prompt", chat: "#words", speech: "#input" }[chosen[0]];
   chosen[3].open();
 }
 

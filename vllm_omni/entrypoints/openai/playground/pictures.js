@@ -8,6 +8,7 @@ import * as form from "./pictures_form.js";
 import * as view from "./pictures_view.js";
 import * as runs from "./runs.js";
 import { pictures } from "./snippets.js";
+import { edits, filesOf } from "./snippets_forms.js";
 
 const code = new CodePanel(el("h2", {}, "Request"));
 const NARROW = "(max-width: 760px)";
@@ -19,6 +20,8 @@ export async function build(name, image, stages) {
   byId("picture-code").replaceWith(code.element);
   await runs.open({ shown, step, list });
   byId("picture-ideas").replaceChildren(...ideas(TO_DRAW, byId("prompt")));
+  byId("change").hidden = !form.changes();
+  if (form.changes()) byId("no-picture").children[1].append(" Pictures to change may go along with it.");
   form.onChange(() => runs.shown === null && showCode());
 }
 
@@ -38,13 +41,17 @@ function step(run) {
 
 const list = () => gallery.list(runs.runs, runs.show);
 
-const showCode = () => code.show(pictures(location.origin, runs.shown === null ? form.read() : runs.repeatable(runs.shown), hasKey()));
+function showCode() {
+  const [body, files] = runs.shown === null ? [form.read(), form.files()] : [runs.repeatable(runs.shown), runs.shown.sources ?? []];
+  if (files.length) code.show(edits(location.origin, body, files, hasKey()), filesOf(files));
+  else code.show(pictures(location.origin, body, hasKey()));
+}
 
 async function draw() {
   form.clearErrors();
   if (matchMedia(NARROW).matches) byId("stage").scrollIntoView({ behavior: "smooth" });
   try {
-    await runs.start(form.read(), form.previews());
+    await runs.start(form.read(), form.files(), form.previews());
   } catch (error) {
     const said = explain(error);
     if (error instanceof ApiError && error.param !== null && form.refuse(error.param, said)) announce(said);
@@ -68,7 +75,8 @@ byId("pictures").addEventListener("keydown", (event) => {
 byId("reset").addEventListener("click", form.reset);
 byId("cancel").addEventListener("click", () => runs.cancel(runs.shown));
 byId("download").addEventListener("click", () => view.download(runs.shown, runs.seedOf(runs.shown)));
-byId("again").addEventListener("click", () => form.fill(runs.shown.body, runs.seedOf(runs.shown)));
+byId("again").addEventListener("click", () => form.fill(runs.shown, runs.seedOf(runs.shown)));
+byId("change").addEventListener("click", () => form.change(runs.shown.blobs));
 byId("keep-seed").addEventListener("click", () => form.setSeed(runs.seedOf(runs.shown)));
 byId("remove").addEventListener("click", () => runs.forget(runs.shown.id));
 byId("clear").addEventListener("click", async () => {

@@ -1,5 +1,6 @@
 // The form for pictures: built from what the server says of its model, read into the body of a request, filled from one.
 import { byId, el } from "./dom.js";
+import { Sources } from "./sources.js";
 import { numberField, set, showError, typed, values, write as writeFields, clearErrors as clearFields } from "./fields.js";
 
 const LABELS = {
@@ -13,6 +14,7 @@ const PREVIEWS = 5;
 const form = byId("form");
 let facts = null;
 let model = "";
+let sources = null;
 const listeners = [];
 
 /** Build the fields for a model; `image` is that part of /v1/omni/info. */
@@ -29,6 +31,8 @@ export function build(name, image) {
   byId("negative_prompt").placeholder = image.parameters.negative_prompt.default?.trim() || "What it should not show";
   byId("output_format").replaceChildren(...image.output_formats.map((format) => el("option", {}, format)));
   buildSize(image.size);
+  sources = new Sources(form, "image", "Pictures to change", name, image, sourced);
+  byId("sources").replaceWith(sources.element);
   byId("swap").addEventListener("click", () => setSize(byId("height").value, byId("width").value));
   byId("dice").addEventListener("click", () => set(byId("seed"), crypto.getRandomValues(new Uint32Array(1))[0]));
   byId("no-seed").addEventListener("click", () => set(byId("seed"), ""));
@@ -77,6 +81,19 @@ function buildSize({ default: [width, height], multiple, max_pixels: most }) {
   }
 }
 
+/** What is changed has a size of its own: the fields are empty for it, until another one is typed. */
+function sourced() {
+  const [some, sides] = [sources.files.length > 0, [byId("width"), byId("height")]];
+  const own = sides.every((side) => side.value === side.dataset.initial);
+  const none = sides.every((side) => side.value === "");
+  for (const side of sides) {
+    side.placeholder = some ? "its own" : "";
+    if (some && own) side.value = "";
+    if (!some && none) side.value = side.dataset.initial;
+  }
+  changed();
+}
+
 function setSize(width, height) {
   byId("width").value = width;
   set(byId("height"), height);
@@ -106,6 +123,19 @@ export function previews() {
   return value === "" ? 0 : value;
 }
 
+/** The pictures to change. */
+export const files = () => sources.files;
+
+/** Whether the model changes pictures. */
+export const changes = () => "image" in facts.inputs;
+
+/** Put finished pictures where those to change stand. */
+export async function change(blobs) {
+  sources.set([]);
+  await sources.take(blobs.map((blob, index) => new File([blob], `picture-${index}.${blob.type.slice(6)}`, { type: blob.type })));
+  byId("prompt").select();
+}
+
 /** The body of the request that the form describes. What is left empty is left out. */
 export function read() {
   const body = { prompt: byId("prompt").value, model };
@@ -115,16 +145,17 @@ export function read() {
   for (const key of [...Object.keys(facts.parameters).filter((name) => name in LABELS), "seed"]) {
     const value = typed(byId(key).value);
     // The model's own CFG scale is not spelt out: where it means "off", the server says so to a negative prompt.
-    const own = key === "true_cfg_scale" && value === facts.parameters[key].default;
-    if (value !== "" && !own) body[key] = value;
+    const off = key === "true_cfg_scale" && value === facts.parameters[key].default;
+    if (value !== "" && !off) body[key] = value;
   }
   if (byId("output_format").value !== "png") body.output_format = byId("output_format").value;
   return body;
 }
 
 /** Fill the form with the parameters of an earlier request. */
-export function fill(body, seed) {
+export function fill({ body, sources: used = [] }, seed) {
   clearErrors();
+  sources.set(used);
   const [width, height] = (body.size ?? "x").split("x");
   const given = { negative_prompt: "", output_format: "png", ...body, width, height, seed: seed ?? "" };
   for (const key of Object.keys(facts.parameters)) if (key in LABELS) given[key] = body[key] ?? byId(key).dataset.initial;

@@ -1,4 +1,5 @@
 // What is shown of a run: the picture, its facts, its progress and previews, its times.
+import { view } from "./attachments.js";
 import { byId, el, saveAs, seconds } from "./dom.js";
 import * as timeline from "./timeline.js";
 import { isTiny, urlOf } from "./gallery.js";
@@ -100,7 +101,10 @@ function finished(shown, seed) {
     canvas.dataset.run = shown.id;
   }
   byId("facts").replaceChildren(...factsOf(shown, seed).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
-  timeline.draw(byId("timeline"), shown.metrics, stages, shown.seconds, shown.first ?? null);
+  const from = shown.sources ?? [];
+  byId("from").hidden = from.length === 0;
+  byId("from").replaceChildren(el("p", { className: "dim" }, "Changed from"), ...from.map(view));
+  timeline.draw(byId("timeline"), shown.metrics, stages, shown.seconds, shown.first ?? shown.seconds);
 }
 
 function factsOf(shown, seed) {

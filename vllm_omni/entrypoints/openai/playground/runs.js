@@ -3,12 +3,13 @@ import { ApiError, stream } from "./api.js";
 import { announce } from "./dom.js";
 import { fromBase64 } from "./sound.js";
 import { toJson } from "./snippets.js";
+import { formOf } from "./snippets_forms.js";
 import * as store from "./store.js";
 import { thumbnail } from "./thumbnails.js";
 
 const LIMIT = 200;
 
-/** Newest first. A run: {id, at, model, body, status, step, total, seconds, blobs, small, metrics, size}. */
+/** Newest first. A run: {id, at, body, sources, status, step, total, seconds, blobs, small, metrics, size}. */
 export let runs = [];
 export let shown = null;
 let heard = {}; // {shown, step, list}: what is called when there is something new
@@ -26,12 +27,13 @@ export function show(run) {
   heard.shown();
 }
 
-/** Send a request with a wish for previews. Rejects with what the server said; an abort resolves. */
-export async function start(body, previews) {
+/** Send a request with pictures to change, or none, and a wish for previews. Rejects with what the server said; an abort resolves. */
+export async function start(body, sources, previews) {
   const run = {
     id: store.newId(),
     at: Date.now(),
     body,
+    sources,
     status: "running",
     step: 0,
     total: null,
@@ -61,10 +63,12 @@ export const cancel = (run) => run.abort.abort();
 
 async function follow(run, previews) {
   const sent = { ...run.body, stream: true, return_stage_metrics: true, ...(previews === 0 ? {} : { partial_images: previews }) };
-  for await (const event of stream("/v1/images/generations", toJson(sent), run.abort.signal)) {
-    if (event.type === "image_generation.progress") progress(run, event);
-    else if (event.type === "image_generation.partial_image") preview(run, event);
-    else if (event.type === "image_generation.completed") run.pieces.push(event);
+  const request = run.sources.length ? ["/v1/images/edits", formOf(sent, "image", run.sources)] : ["/v1/images/generations", toJson(sent)];
+  for await (const event of stream(...request, run.abort.signal)) {
+    const kind = event.type?.split(".")[1];
+    if (kind === "progress") progress(run, event);
+    else if (kind === "partial_image") preview(run, event);
+    else if (kind === "completed") run.pieces.push(event);
   }
   if (run.pieces.length === 0) throw new ApiError({ message: "the answer ended without a picture" }, 0);
 }
@@ -91,6 +95,7 @@ async function finish(run) {
     id: run.id,
     at: run.at,
     body: run.body,
+    sources: run.sources,
     status: "done",
     seconds: (performance.now() - run.begun) / 1000,
     first: run.firstSeconds ?? null,

@@ -14,7 +14,7 @@ export function toJson(body, indent = false) {
 }
 
 // As JSON.stringify does, but for what it does not know: big integers, and files (as `file` writes them).
-function json(value, depth, file = null) {
+export function json(value, depth, file = null) {
   if (typeof value === "bigint") return String(value);
   if (value instanceof FileData) return file(value);
   if (value === null || typeof value !== "object") return JSON.stringify(value);
@@ -28,7 +28,7 @@ function json(value, depth, file = null) {
   return `${open}\n${space}${parts.join(`,\n${space}`)}\n${"  ".repeat(depth)}${close}`;
 }
 
-const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+export const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 function head(origin, path, withKey, options) {
   return [
@@ -38,7 +38,7 @@ function head(origin, path, withKey, options) {
   ];
 }
 
-function python(origin, withKey, imports, ...lines) {
+export function python(origin, withKey, imports, ...lines) {
   const key = withKey ? 'os.environ["VLLM_API_KEY"]' : '"none"';
   return [
     ...[...imports, ...(withKey ? ["os"] : [])].sort().map((name) => `import ${name}`),
@@ -52,7 +52,7 @@ function python(origin, withKey, imports, ...lines) {
 
 // Arguments of a call: those that the client has; the others travel in extra_body. JSON's literals are Python's, too, but
 // for the three words, which stand alone.
-function call(body, known, file = null) {
+export function call(body, known, file = null) {
   const literal = (value) => ({ true: "True", false: "False", null: "None" })[String(value)] ?? json(value, 2, file);
   const entries = Object.entries(body);
   const extra = Object.fromEntries(entries.filter(([name]) => !known.has(name)));
@@ -66,19 +66,21 @@ function call(body, known, file = null) {
 
 const OF_PICTURES = new Set(["prompt", "model", "n", "size", "output_format"]);
 
+/** The program that takes the pictures out of answer.json. */
+export const savePictures = (type) =>
+  "import base64, json\n" +
+  'for i, item in enumerate(json.load(open("answer.json"))["data"]):\n' +
+  `    open(f"picture-{i}.${type}", "wb").write(base64.b64decode(item["b64_json"]))`;
+
 /** Both write picture-0.png and so on. The command needs a POSIX shell with curl and python3. */
 export function pictures(origin, body, withKey) {
   const type = body.output_format ?? "png";
-  const save =
-    "import base64, json\n" +
-    'for i, item in enumerate(json.load(open("answer.json"))["data"]):\n' +
-    `    open(f"picture-{i}.${type}", "wb").write(base64.b64decode(item["b64_json"]))`;
   return {
     curl: () =>
       [
         ...head(origin, "/v1/images/generations", withKey, "--fail-with-body"),
         `  -d ${quoted(toJson(body, true))} \\`,
-        `  -o answer.json && python3 -c ${quoted(save)}`,
+        `  -o answer.json && python3 -c ${quoted(savePictures(type))}`,
       ].join("\n"),
     python: () =>
       python(

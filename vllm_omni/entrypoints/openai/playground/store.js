@@ -1,6 +1,6 @@
 // What the page keeps in IndexedDB; in memory where the browser has none to give (some private windows).
 
-const STORES = ["runs", "turns", "clips"];
+const STORES = ["runs", "turns", "clips", "films"];
 let opening = null;
 
 const settled = (request) =>
@@ -12,12 +12,14 @@ const settled = (request) =>
 function database() {
   opening ??= (async () => {
     try {
-      const request = indexedDB.open("omni-playground", 2);
+      const request = indexedDB.open("omni-playground", 3);
       request.onupgradeneeded = () => {
         const has = request.result.objectStoreNames;
         for (const name of STORES) if (!has.contains(name)) request.result.createObjectStore(name, { keyPath: "id" });
       };
-      return await settled(request);
+      const made = await settled(request);
+      made.onversionchange = () => made.close(); // a newer page in another tab
+      return made;
     } catch {
       return null;
     }
