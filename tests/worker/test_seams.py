@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -29,7 +30,7 @@ OURS = [
     (MultimodalOutputProcessor, OutputProcessor),
 ]
 OWN_PRIVATE = {
-    "_attach", "_find_hooks", "_gated", "_generate", "_hidden_rows", "_join", "_read",
+    "_attach", "_decode_rows", "_find_hooks", "_gated", "_generate", "_hidden_rows", "_join", "_read",
     "_rows", "_run", "_sample_all", "_sender", "_step", "_update_omni", "_write_embeddings",
 }  # fmt: skip
 """Our own, not vLLM's."""
@@ -81,6 +82,12 @@ def test_named_seams() -> None:
     assert hasattr(GPUModelRunner, "_init_mrope_positions")
     assert hasattr(GPUModelRunner, "_get_or_create_async_output_copy_stream")
     source = inspect.getsource(GPUModelRunner)
-    for name in ("execute_model_state", "discard_request_mask", "use_aux_hidden_state_outputs", "query_start_loc"):
+    for name in (
+        "execute_model_state", "discard_request_mask", "use_aux_hidden_state_outputs", "query_start_loc",
+        "is_token_ids",
+    ):  # fmt: skip
         assert f"self.{name}" in source
+    batch = inspect.getsource(InputBatch)
+    for name in ("sampling_metadata", "token_ids_cpu", "req_id_to_index", "logitsprocs"):
+        assert f"self.{name}" in batch
     assert "next_decode_eligible_step" in inspect.getsource(Scheduler.schedule)

@@ -18,7 +18,13 @@ from vllm_omni.config.model import OmniModelConfig
 from vllm_omni.config.schema import nearest
 from vllm_omni.engine.vllm_env import prepare_environment
 from vllm_omni.errors import ConfigError
-from vllm_omni.model_executor.models.interfaces import OmniEmbedder, OmniGenerator, OmniPositioner, OmniStepper
+from vllm_omni.model_executor.models.interfaces import (
+    OmniEmbedder,
+    OmniGenerator,
+    OmniPositioner,
+    OmniSampler,
+    OmniStepper,
+)
 from vllm_omni.model_executor.models.registry import config_override, ensure_registered, model_class
 
 _WORKER = "vllm_omni.worker.gpu_ar_worker"
@@ -162,7 +168,7 @@ class OmniEngineArgs(EngineArgs):
             omni_kv_config=self.omni_kv_config,
             hidden_layers=self.hidden_layers,
             hidden_rows=self.hidden_rows,
-            takes_payload=issubclass(model, (OmniEmbedder, OmniPositioner, OmniStepper)),
+            takes_payload=issubclass(model, (OmniEmbedder, OmniPositioner, OmniStepper, OmniSampler)),
             driver_pid=os.getpid(),
             **values,
         )
@@ -171,7 +177,7 @@ class OmniEngineArgs(EngineArgs):
         if issubclass(model, OmniGenerator) != (self.stage_type == "generation"):
             hooks = "has" if self.stage_type == "ar" else "has no"
             self._refuse("stage_type", f"{model.__name__} {hooks} omni_generate")
-        if self.speculative_config is not None and issubclass(model, OmniStepper):
+        if self.speculative_config is not None and issubclass(model, (OmniStepper, OmniSampler)):
             self._refuse("speculative_config", f"{model.__name__} works on each token")
         count = base.get_total_num_hidden_layers() if self.hidden_layers else 0
         for layer in self.hidden_layers:

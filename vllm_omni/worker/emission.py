@@ -82,11 +82,12 @@ class Emission:
     """Requests that sampled a token."""
     outputs: StepOutputs = ()
     """What the model's step hook gave for ``steps``."""
+    whole: bool = False
+    """Whether ``outputs`` are for the whole batch, by place."""
 
     def clone(self) -> None:
-        """Detach from buffers that the next step overwrites (outputs of captured graphs)."""
+        """Detach hidden states from buffers that the next step overwrites. Step outputs stand by contract."""
         self.layers = _map(self.layers, torch.Tensor.clone)
-        self.outputs = _map(self.outputs, torch.Tensor.clone)
 
     def to_host(self) -> None:
         """Start the copies to the host; on a GPU they are finished when the current stream gets there."""
@@ -103,7 +104,7 @@ class Emission:
             if rows:
                 found[row.place] = rows
         for number, row in enumerate(self.steps):
-            out = self._step_output(number)
+            out = self._step_output(row.place if self.whole else number)
             if out:
                 found.setdefault(row.place, {}).update(out, step=row.step_idx)
         return [self.sender.pack(found[index]) if index in found else None for index in range(self.batch_size)]

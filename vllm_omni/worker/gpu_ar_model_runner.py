@@ -4,7 +4,7 @@ Four methods of vLLM's V1 runner are extended, none is copied::
 
     _update_states   opens, feeds and closes request states
     _preprocess      lets the model overwrite input embeddings with what an earlier stage sent
-    _sample          keeps the sampled tokens
+    _sample          lets the model sample, where it does so as the requests ask; keeps the tokens
     sample_tokens    calls the model's step hook and attaches hidden states and its outputs
 
 Hidden states leave under ``hidden.<layer>`` with ``start``, the position of their first row: the whole prompt with the
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput, SamplerOutput
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_omni.errors import ConfigError, OmniError
@@ -29,11 +29,13 @@ from vllm_omni.model_executor.models.interfaces import (
     OmniEmbedder,
     OmniPositioner,
     OmniRequestState,
+    OmniSampler,
     OmniStepper,
     StepOutputs,
 )
 from vllm_omni.worker.emission import Emission, HeldRows, OmniAsyncOutput, Row
 from vllm_omni.worker.model_runner import OmniGPUModelRunner
+from vllm_omni.worker.sampling import RequestSampler
 
 FINAL = -1
 EMBEDDINGS = 0
@@ -59,19 +61,28 @@ class GPUARModelRunner(OmniGPUModelRunner):
         self._embedder: OmniEmbedder | None = None
         self._decode_embedder: OmniDecodeEmbedder | None = None
         self._stepper: OmniStepper | None = None
+        self._sampler: OmniSampler | None = None
+        self._choosing: RequestSampler | None = None
         self._works = False
         self._positioner: OmniPositioner | None = None
         self._embeddings: torch.Tensor | None = None
         self._sampled: torch.Tensor | None = None
+        self._step_rows: list[Row] = []
+        self._step_hidden: torch.Tensor | None = None
+        self._step_outputs: StepOutputs = ()
         self._held: dict[str, HeldRows] = {}
 
     def _find_hooks(self, model: torch.nn.Module) -> None:
         self._embedder = model if isinstance(model, OmniEmbedder) else None
         self._decode_embedder = model if isinstance(model, OmniDecodeEmbedder) else None
         self._stepper = model if isinstance(model, OmniStepper) else None
+        self._sampler = model if isinstance(model, OmniSampler) else None
+        if self._sampler is not None:
+            self._choosing = RequestSampler(self._sampler.omni_sampler(), self.sampler)
         self._positioner = model if isinstance(model, OmniPositioner) else None
         # Without any of these nothing is sent, and nothing can fail: the stage is vLLM's own.
-        self._works = bool(self._layers or self._embedder or self._stepper or self.omni_config.takes_payload)
+        hooks = self._embedder or self._stepper or self._sampler
+        self._works = bool(self._layers or hooks or self.omni_config.takes_payload)
         if self._embedder is not None and not (self.enable_prompt_embeds or self.supports_mm_inputs):
             raise ConfigError("this model builds its input embeddings: set enable_prompt_embeds", field="model_arch")
 
@@ -96,13 +107,17 @@ class GPUARModelRunner(OmniGPUModelRunner):
             self._held.pop(req_id, None)
         self._update_omni(scheduler_output)
         deferred: Callable[[], None] | None = super()._update_states(scheduler_output)
+        if self._choosing is not None:
+            self._choosing.update(scheduler_output, self.input_batch, self.requests)
         return deferred
 
     def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        self._step_rows = self._rows() if self._works else []
+        decode = self._decode_rows()
         prepared = super()._preprocess(scheduler_output, *args, **kwargs)
         input_ids, inputs_embeds = prepared[0], prepared[1]
         if self._embedder is not None:
-            self._write_embeddings(self._embedder, inputs_embeds)
+            self._write_embeddings(self._embedder, decode, inputs_embeds)
         if EMBEDDINGS in self._layers:
             count = scheduler_output.total_num_scheduled_tokens
             # A copy: the first fused norm of some backends writes the residual into its input.
@@ -115,22 +130,30 @@ class GPUARModelRunner(OmniGPUModelRunner):
 
     def _rows(self) -> list[Row]:
         """The batch of this step, in order."""
-        ends = self.query_start_loc.np
-        positions = self.input_batch.num_computed_tokens_cpu
-        partial = self.discard_request_mask.np
-        return [
-            Row(i, self.omni_states[rid], int(ends[i]), int(ends[i + 1]), int(positions[i]), bool(partial[i]))
-            for i, rid in enumerate(self.input_batch.req_ids)
-        ]
+        count = self.input_batch.num_reqs
+        ends = self.query_start_loc.np[: count + 1].tolist()
+        positions = self.input_batch.num_computed_tokens_cpu[:count].tolist()
+        partial = self.discard_request_mask.np[:count].tolist()
+        states = [self.omni_states[req_id] for req_id in self.input_batch.req_ids]
+        return list(map(Row, range(count), states, ends, ends[1:], positions, partial))
 
-    def _write_embeddings(self, embedder: OmniEmbedder, inputs_embeds: torch.Tensor) -> None:
-        decode: list[Row] = []
-        for row in self._rows():
-            if row.state.error is not None:
-                continue
-            single_step = row.end - row.begin == 1 and row.pos >= row.state.prompt_len
-            if single_step and self._decode_embedder is not None:
-                decode.append(row)
+    def _decode_rows(self) -> list[Row]:
+        """The rows whose embeddings the model makes as one batch. vLLM need not embed their tokens."""
+        if self._decode_embedder is None:
+            return []
+        decode = [
+            row
+            for row in self._step_rows
+            if row.end - row.begin == 1 and row.pos >= row.state.prompt_len and row.state.error is None
+        ]
+        if not self.supports_mm_inputs:
+            self.is_token_ids.np[[row.begin for row in decode]] = False
+        return decode
+
+    def _write_embeddings(self, embedder: OmniEmbedder, decode: list[Row], inputs_embeds: torch.Tensor) -> None:
+        batched = {row.place for row in decode}
+        for row in self._step_rows:
+            if row.place in batched or row.state.error is not None:
                 continue
             try:
                 embedder.omni_embed(row.state, row.pos, inputs_embeds[row.begin : row.end])
@@ -148,9 +171,21 @@ class GPUARModelRunner(OmniGPUModelRunner):
                 inputs_embeds.index_copy_(0, index, rows.to(inputs_embeds.dtype))
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        output = super()._sample(*args, **kwargs)
-        self._sampled = output.sampled_token_ids
-        return output
+        model, choosing = self._sampler, self._choosing
+        if model is None or choosing is None:
+            output = super()._sample(*args, **kwargs)
+            self._sampled = output.sampled_token_ids
+            return output
+        rows, hidden, output, given = self._step_rows, self._step_hidden, None, None
+        assert hidden is not None
+        states = [None if row.partial or row.state.error is not None else row.state for row in rows]
+        choosing.arrange([state is not None for state in states])
+        if not choosing.own:
+            choosing.restore(self.input_batch)
+            output = super()._sample(*args, **kwargs)
+            given = output.sampled_token_ids[:, 0]
+        tokens, self._step_outputs = model.omni_sample(states, [row.step_idx for row in rows], hidden, given)
+        return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=None) if output is None else output
 
     def _sample_all(self, grammar_output: Any) -> Any:
         """vLLM's sampling. A prompt that goes on in a later step has its sample thrown away: its generator must not
@@ -170,16 +205,19 @@ class GPUARModelRunner(OmniGPUModelRunner):
             return super().sample_tokens(grammar_output)
         if not self._works:
             return self._sample_all(grammar_output)
-        rows = self._rows()
+        rows, self._step_hidden = self._step_rows, step.sample_hidden_states
         output = self._sample_all(grammar_output)
         chosen, layers = self._hidden_rows(rows, step)
         held = [self._held.setdefault(row.state.request_id, HeldRows()) for row in chosen]
         emission = Emission(self._sender(), len(rows), chosen, layers, held)
         sampling = [row for row in rows if not row.partial and row.state.error is None]
-        if self._stepper is not None and sampling:
+        if self._sampler is not None:
+            emission.steps, emission.outputs, emission.whole = sampling, self._step_outputs, True
+        elif self._stepper is not None and sampling:
             emission.steps = sampling
             emission.outputs = self._step(self._stepper, sampling, len(rows), step.sample_hidden_states)
-        self._sampled = self._embeddings = None
+        self._sampled = self._embeddings = self._step_hidden = None
+        self._step_outputs = ()
         if not self.omni_sends:
             return output
         failed = [row for row in rows if row.state.error is not None and not row.partial]

@@ -1,12 +1,15 @@
-"""CUDA graphs of batched functions give what the function gives."""
+"""CUDA graphs of functions that keep their tensors give what the function gives."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from vllm_omni.model_executor.layers.graphed import GraphedBatch, batch_sizes
+from vllm_omni.model_executor.layers.graphed import GraphedRows, batch_sizes
+from vllm_omni.model_executor.layers.sampling import Rules, TokenSampler
 from vllm_omni.model_executor.models.qwen3_omni.code_predictor import CodePredictor
+from vllm_omni.model_executor.models.qwen3_omni.frame import FrameMaker
 
 CONFIG = SimpleNamespace(
     vocab_size=256,
@@ -20,6 +23,7 @@ CONFIG = SimpleNamespace(
     rms_norm_eps=1e-6,
     rope_parameters={"rope_theta": 10000.0},
 )
+VOCABULARY, ROWS = 512, 6
 
 
 def test_batch_sizes() -> None:
@@ -29,34 +33,47 @@ def test_batch_sizes() -> None:
 
 
 def test_without_a_capture_the_function_runs() -> None:
-    double = GraphedBatch(lambda x: (x * 2,))
+    values = torch.ones(4)
+    double = GraphedRows(lambda batch: (values[:batch] * 2,))
     assert double.sizes == []
-    assert double(torch.ones(3))[0].tolist() == [2, 2, 2]
+    assert double(3)[0].tolist() == [2, 2, 2]
+
+
+def frames(dtype: torch.dtype) -> FrameMaker:
+    """The same weights every time."""
+    torch.manual_seed(0)
+    predictor = CodePredictor(CONFIG).to("cuda", dtype)
+    table, head = torch.randn(2, VOCABULARY, CONFIG.hidden_size, device="cuda", dtype=dtype).unbind()
+    with torch.device("cuda"):
+        tokens = TokenSampler(ROWS, VOCABULARY, 16)
+        made = FrameMaker(tokens, predictor, lambda ids: table[ids], lambda hidden: hidden @ head.T * 0.05, dtype)
+    for slot in range(ROWS):
+        tokens.open(slot, np.arange(slot * 50, slot * 50 + 50, dtype=np.int32), 0, slot, [3, 4])
+    return made
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_the_code_predictor_as_graphs(dtype: torch.dtype) -> None:
-    """Padded to a captured size, beyond the largest one, greedy and drawn rows; results outlive the next call."""
-    torch.manual_seed(0)
-    device = torch.device("cuda")
-    predictor = CodePredictor(CONFIG).to(device, dtype)
-    graphed = GraphedBatch(predictor)
-    row = torch.zeros(1, CONFIG.hidden_size, device=device, dtype=dtype)
-    graphed.capture([1, 4], (row, row, torch.ones(1, dtype=torch.bool, device=device), predictor.noise(1, {}, device)))
+def test_frames_as_graphs(dtype: torch.dtype) -> None:
+    """Padded to a captured size, beyond the largest one, greedy and drawn rows, first codes given in between; results
+    outlive the next call and the tokens are kept."""
+    plain, graphed = frames(dtype), frames(dtype)
+    graphed.capture([1, 2, 4])
     kept = []
-    for batch in (1, 3, 4, 6):
-        hidden, first = torch.randn(2, batch, CONFIG.hidden_size, device=device, dtype=dtype).unbind()
-        greedy = torch.arange(batch, device=device) % 2 == 0
-        inputs = (hidden, first, greedy, predictor.noise(batch, {}, device))
-        want = predictor(*(_to_four(inputs) if 1 < batch < 4 else inputs))
-        got = graphed(*inputs)
-        kept.append((got, [value[:batch] for value in want]))
-    for got, expected in kept:
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def _to_four(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.cat([value, value[:1].expand(4 - len(value), *value.shape[1:])]) for value in inputs)
+    for step, batch in enumerate((4, 1, 4, 2, 6, 4, 1)):
+        hidden = torch.randn(batch, CONFIG.hidden_size, device="cuda", dtype=dtype)
+        given = torch.arange(batch, device="cuda") + 5 if step == 3 else None
+        results = []
+        for maker in (plain, graphed):
+            order = [(row + step) % ROWS for row in range(batch)]
+            maker._tokens.arrange([Rules(slot, slot % 2 * 0.8, 50, 0.9, 1.1) for slot in order])
+            torch.manual_seed(step)
+            results.append(maker(hidden, given, {}))
+        kept.append(results)
+    for (codes, total), (graphed_codes, graphed_total) in kept:
+        assert torch.equal(codes, graphed_codes)
+        torch.testing.assert_close(total, graphed_total)
+    assert kept[3][1][0][0].tolist() == [5, 6]
+    for slot in range(ROWS):
+        assert plain._tokens.made(slot, 3) == graphed._tokens.made(slot, 3)

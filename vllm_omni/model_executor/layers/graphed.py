@@ -23,49 +23,39 @@ class _Captured:
     outputs: Tensors
 
 
-class GraphedBatch:
-    """``function`` with one CUDA graph for each of a few batch sizes.
+class GraphedRows:
+    """``function`` of the first n rows of tensors that it keeps, with one CUDA graph for each of a few n.
 
-    The function takes and returns tuples of tensors whose first dimension is the batch, has static shapes for a batch
-    size, and treats every row by itself. A call is padded to the next captured size. Before ``capture``, beyond the
-    largest captured size and on a CPU it runs as it is. What a call returns is not touched by later calls.
+    The function has static shapes for a given n and reads and writes tensors whose places are fixed, so nothing is
+    copied for a call. A call of a batch runs the next captured n: rows beyond the batch hold whatever stood there.
+    Before ``capture``, beyond the largest n and on a CPU the function runs as it is.
     """
 
-    def __init__(self, function: Callable[..., Tensors]) -> None:
+    def __init__(self, function: Callable[[int], Tensors]) -> None:
         self._function = function
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensors]] = {}
 
     @property
     def sizes(self) -> list[int]:
-        """Captured batch sizes, in order."""
+        """Captured numbers of rows, in order."""
         return sorted(self._captured)
 
-    def capture(self, sizes: Sequence[int], example: Tensors) -> None:
-        """Capture a graph for each batch size of ``sizes``.
-
-        Args:
-            sizes: batch sizes.
-            example: inputs of any batch size, on the device; their shapes and types count, and row 0 is what the runs
-                before the capture compute on.
-        """
+    def capture(self, sizes: Sequence[int]) -> None:
+        """Capture a graph for each number of rows in ``sizes``."""
         pool = None
+        found = {}
         for size in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
-            inputs = tuple(value[:1].expand(size, *value.shape[1:]).clone() for value in example)
-            graph, outputs = record(functools.partial(self._function, *inputs), pool)
+            found[size] = graph, _ = record(functools.partial(self._function, size), pool)
             pool = graph.pool()
-            self._captured[size] = _Captured(graph, inputs, outputs)
+        self._captured = dict(sorted(found.items()))
 
-    def __call__(self, *inputs: torch.Tensor) -> Tensors:
-        """The function's outputs for ``inputs``."""
-        batch = inputs[0].shape[0]
-        size = next((size for size in self.sizes if size >= batch), None)
-        if size is None:
-            return self._function(*inputs)
-        captured = self._captured[size]
-        for buffer, value in zip(captured.inputs, inputs, strict=True):
-            buffer[:batch].copy_(value)
-        captured.graph.replay()
-        return tuple(value[:batch].clone() for value in captured.outputs)
+    def __call__(self, batch: int) -> Tensors:
+        """The function's outputs for ``batch`` rows or a few more. The next call may overwrite them."""
+        for size, (graph, outputs) in self._captured.items():
+            if size >= batch:
+                graph.replay()
+                return outputs
+        return self._function(batch)
 
 
 class GraphedGrid:

@@ -6,6 +6,7 @@ Every protocol is optional. The model runner looks each one up once, when the mo
     OmniDecodeEmbedder   the same for decode steps, as one batched call (saves launches on a GPU)
     OmniPositioner       rotary positions of the prompt (models with mrope)
     OmniStepper          work after sampling: code predictor, outputs to hand to the next stage
+    OmniSampler          sampling and the work after it as one call, in place of vLLM's sampler and of OmniStepper
     OmniGenerator        a one-pass stage (vocoder): payloads in, outputs out, no tokens
     OmniWarmUp           called once before the first request: capture graphs, fill caches
 
@@ -18,11 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
 from vllm_omni.errors import OmniError, RequestError
+
+if TYPE_CHECKING:
+    from vllm_omni.model_executor.layers.sampling import TokenSampler
 
 StepOutputs = Sequence[Mapping[str, Any]] | Mapping[str, torch.Tensor]
 """Outputs of a batch: one mapping a request (empty: nothing to send), or one mapping of tensors whose first dimension
@@ -101,7 +105,10 @@ class OmniDecodeEmbedder(OmniEmbedder, Protocol):
     """Builds the embeddings of a batch of single decode steps in one call."""
 
     def omni_embed_decode(self, states: Sequence[OmniRequestState], step_idx: Sequence[int]) -> torch.Tensor:
-        """Input embeddings [B, H] of step ``step_idx[b]`` of ``states[b]`` (see ``omni_embed``)."""
+        """Input embeddings [B, H] of step ``step_idx[b]`` of ``states[b]`` (see ``omni_embed``).
+
+        What the rows hold before is not defined. The error of one request goes into its ``error``, beside any row.
+        """
 
 
 @runtime_checkable
@@ -134,8 +141,39 @@ class OmniStepper(Protocol):
             hidden: [B, H] final hidden state that the token was sampled from.
 
         Returns:
-            What to send to the next stage with this token. A recomputed step must give the same result: assign by
-            ``step_idx``, never append.
+            What to send to the next stage with this token, in tensors that later steps do not write to. A recomputed
+            step must give the same result: assign by ``step_idx``, never append.
+        """
+
+
+@runtime_checkable
+class OmniSampler(Protocol):
+    """Samples and does the work of a step in one call, which can be one CUDA graph.
+
+    A batch whose requests ask for what ``TokenSampler`` knows is sampled here; vLLM samples every other.
+    """
+
+    def omni_sampler(self) -> TokenSampler:
+        """What the runner tells of requests and rows. Where its ``own`` is set, ``compute_logits`` need not compute."""
+
+    def omni_sample(
+        self,
+        states: Sequence[OmniRequestState | None],
+        step_idx: Sequence[int],
+        hidden: torch.Tensor,
+        given: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, StepOutputs]:
+        """Called in every step with the whole batch.
+
+        Args:
+            states: B requests, in the order of rows; None where the token is thrown away.
+            step_idx: decode step of each sampled token, as in ``OmniStepper.omni_step``.
+            hidden: [B, H] final hidden state to sample from.
+            given: [B] the tokens that vLLM sampled; None: sample.
+
+        Returns:
+            Tokens [B, 1] int32 and what to send to the next stage, for all B, in tensors that later steps do not
+            write to.
         """
 
 

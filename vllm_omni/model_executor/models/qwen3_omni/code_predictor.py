@@ -9,6 +9,7 @@ Source of the architecture: ``Qwen3OmniMoeTalkerCodePredictorModelForConditional
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,17 +70,33 @@ class CodePredictor(nn.Module):
         if wrong is not None:
             logger.warning("the code predictor runs in PyTorch: %s", wrong)
 
-    def noise(self, batch: int, generators: dict[int, torch.Generator], device: torch.device) -> torch.Tensor:
-        """Exponential draws [B, residual codes, vocabulary] for ``forward``.
+    def noise(
+        self,
+        batch: int,
+        generators: Mapping[int, torch.Generator],
+        device: torch.device,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Exponential draws [B, residual codes, vocabulary] for ``forward``, in ``out`` if it is given.
 
         ``generators`` gives rows (by index in the batch) that are drawn from a seed of their own.
         """
-        out = torch.empty(batch, self.residuals, self.lm_head[0].out_features, device=device)
+        if out is None:
+            out = torch.empty(batch, self.residuals, self.lm_head[0].out_features, device=device)
         if len(generators) < batch:
             out.exponential_()
         for row, generator in generators.items():
             out[row].exponential_(generator=generator)
         return out
+
+    def embed(self, codes_BN: torch.Tensor) -> torch.Tensor:
+        """Sum of the embeddings [B, C] of residual codes, rounded as ``forward`` does."""
+        tables = [table.weight for table in self.model.codec_embedding]
+        dtype = torch.float32 if self.fused else tables[0].dtype
+        total = torch.zeros(len(codes_BN), self.spec.hidden_size, device=codes_BN.device, dtype=dtype)
+        for table, codes_B in zip(tables, codes_BN.unbind(1), strict=True):
+            total = total + table[codes_B]
+        return total.to(tables[0].dtype)
 
     def forward(
         self, hidden_BC: torch.Tensor, first_BC: torch.Tensor, greedy_B: torch.Tensor, noise_BNV: torch.Tensor

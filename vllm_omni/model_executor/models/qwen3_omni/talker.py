@@ -33,6 +33,7 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import SupportsMRoPE
@@ -41,11 +42,13 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.config import get_config
 
-from vllm_omni.errors import RequestError
+from vllm_omni.errors import OmniError, RequestError
 from vllm_omni.model_executor.layers.dense import load_dense_weights
-from vllm_omni.model_executor.layers.graphed import GraphedBatch, batch_sizes
+from vllm_omni.model_executor.layers.graphed import batch_sizes
+from vllm_omni.model_executor.layers.sampling import TokenSampler
 from vllm_omni.model_executor.models.interfaces import OmniRequestState, check_tensor
 from vllm_omni.model_executor.models.qwen3_omni.code_predictor import CodePredictor
+from vllm_omni.model_executor.models.qwen3_omni.frame import FrameMaker
 
 CONTROL_IDS = 1024
 """The last ids of the codec vocabulary are control ids; of them only the end of speech may be sampled."""
@@ -89,8 +92,26 @@ class _Decoder(Qwen3MoeModel):
     """vLLM's decoder, compiled for positions of shape [3, n]: its own decoration says [n]."""
 
 
+def _codes(state: OmniRequestState, step: int) -> torch.Tensor:
+    """Codes [groups] of a frame that was made before."""
+    codes_GB, row = state.model["codes"][step]
+    codes: torch.Tensor = codes_GB[:, row]
+    return codes
+
+
+def _generators(states: Sequence[OmniRequestState | None], device: torch.device) -> dict[int, torch.Generator]:
+    """Those of the rows whose request has a seed."""
+    generators: dict[int, torch.Generator] = {}
+    for row, state in enumerate(states):
+        if state is not None and state.sampling_params.seed is not None:
+            if "generator" not in state.model:
+                state.model["generator"] = torch.Generator(device).manual_seed(state.sampling_params.seed)
+            generators[row] = state.model["generator"]
+    return generators
+
+
 class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
-    """Stage ``talker``: implements ``OmniDecodeEmbedder``, ``OmniPositioner``, ``OmniStepper`` and ``OmniWarmUp``."""
+    """Stage ``talker``: implements ``OmniDecodeEmbedder``, ``OmniPositioner``, ``OmniSampler`` and ``OmniWarmUp``."""
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={
@@ -130,9 +151,16 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
         self.text_projection = ResizeMLP(config)
         self.hidden_projection = ResizeMLP(config)
         self.code_predictor = CodePredictor(config.code_predictor_config)
-        self._predict = GraphedBatch(self.code_predictor)
+        model_config = vllm_config.model_config
+        # Several GPUs have a part of the codec head each: vLLM puts the logits together and samples.
+        alone = get_tensor_model_parallel_world_size() == 1
+        rows = vllm_config.scheduler_config.max_num_seqs
+        self._tokens = TokenSampler(rows, text.vocab_size, model_config.max_model_len, able=alone)
+        self._frames = FrameMaker(
+            self._tokens, self.code_predictor, self.embed_input_ids, self._logits, dtype=model_config.dtype
+        )
         self._pad_row: torch.Tensor | None = None
-        self._eager: bool = vllm_config.model_config.enforce_eager
+        self._eager: bool = model_config.enforce_eager
         suppressed = torch.arange(text.vocab_size) >= text.vocab_size - CONTROL_IDS
         suppressed[config.codec_eos_token_id] = False
         self.register_buffer("suppressed", suppressed, persistent=False)
@@ -153,9 +181,13 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Logits [n, vocab] of the first code; control ids other than the end of speech cannot be sampled."""
-        logits = self.logits_processor(self.codec_head, hidden_states)
-        return None if logits is None else logits.masked_fill(self.suppressed, float("-inf"))
+        """Logits [n, vocab] of the first code; None in steps whose tokens ``omni_sample`` samples."""
+        return None if self._tokens.own else self._logits(hidden_states)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Control ids other than the end of speech cannot be sampled."""
+        logits: torch.Tensor = self.logits_processor(self.codec_head, hidden)
+        return logits.masked_fill(self.suppressed, float("-inf"))
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
         """Plain positions, for requests without a payload (vLLM's warm-up)."""
@@ -177,12 +209,17 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
             state.model["prompt"] = self._prompt(state).to(rows.dtype)
         split = min(max(state.prompt_len - pos, 0), rows.shape[0])
         rows[:split] = state.model["prompt"][pos : pos + split]
-        for row in range(split, rows.shape[0]):
-            rows[row] = self._step_row(state, pos + row - state.prompt_len)
+        if split < rows.shape[0]:
+            self._read_text([state])
+            first = pos + split - state.prompt_len
+            steps = range(first, first + rows.shape[0] - split)
+            codes = self._frames.embed(torch.stack([_codes(state, step) for step in steps], dim=1))
+            rows[split:] = codes + torch.stack([self._text_row(state, step) for step in steps])
 
     def omni_embed_decode(self, states: Sequence[OmniRequestState], step_idx: Sequence[int]) -> torch.Tensor:
         """Inputs [B, H] of one step of each request: embeddings of its codes plus its text."""
-        made = [state.model["codes"][step] for state, step in zip(states, step_idx, strict=True)]
+        self._read_text(states)
+        made = [self._sum(state, step) for state, step in zip(states, step_idx, strict=True)]
         batch, _ = made[0]
         if [row for _, row in made] == list(range(len(batch))) and all(other is batch for other, _ in made):
             codes = batch  # the last step's batch goes on as it was
@@ -192,54 +229,35 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
         pad = self._pad()
         return codes + (pad if all(row is pad for row in rows) else torch.stack(rows))
 
-    def omni_step(
+    def omni_sampler(self) -> TokenSampler:
+        """Of the first code."""
+        return self._tokens
+
+    def omni_sample(
         self,
-        states: Sequence[OmniRequestState],
+        states: Sequence[OmniRequestState | None],
         step_idx: Sequence[int],
-        sampled: torch.Tensor,
         hidden: torch.Tensor,
-    ) -> Mapping[str, torch.Tensor]:
+        given: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """All codes of the frame, ``codes`` [B, groups] int32.
 
         The step that samples the end of speech gives a frame as well; its first code is the end id.
         """
-        first = self.model.embed_input_ids(sampled)
-        greedy, generators = self._sampling(states, sampled.device)
-        noise = self.code_predictor.noise(len(states), generators, sampled.device)
-        residual, total = self._predict(hidden.to(first.dtype), first, greedy, noise)
-        total = total + first
+        codes_GB, total = self._frames(hidden, given, _generators(states, hidden.device))
         for row, (state, step) in enumerate(zip(states, step_idx, strict=True)):
-            state.model.setdefault("codes", {})[step] = total, row
-        return {"codes": torch.cat([sampled[:, None], residual], dim=1).int()}
+            if state is not None:
+                state.model.setdefault("codes", {})[step] = codes_GB, row
+                state.model["sum"] = step, total, row
+        return codes_GB[0][:, None], {"codes": codes_GB.T}
 
     def omni_warm_up(self, max_num_seqs: int) -> None:
-        """Capture the code predictor: sixteen tiny passes a frame are bound by launches otherwise."""
-        device = self.suppressed.device
-        if device.type != "cuda":
+        """Capture the frame: seventeen tiny passes are bound by launches otherwise."""
+        if self.suppressed.device.type != "cuda":
             return
         self.code_predictor.use_kernels()
-        if self._eager:
-            return
-        row = self.model.embed_input_ids(torch.zeros(1, dtype=torch.int64, device=device))
-        greedy = torch.ones(1, dtype=torch.bool, device=device)
-        self._predict.capture(batch_sizes(max_num_seqs), (row, row, greedy, self.code_predictor.noise(1, {}, device)))
-
-    def _sampling(
-        self, states: Sequence[OmniRequestState], device: torch.device
-    ) -> tuple[torch.Tensor, dict[int, torch.Generator]]:
-        """Which rows take the likeliest code, as their sampling parameters say, and the generators of seeded rows."""
-        generators: dict[int, torch.Generator] = {}
-        greedy = []
-        for row, state in enumerate(states):
-            params = state.sampling_params
-            greedy.append(params is not None and params.temperature == 0)
-            if params is not None and params.seed is not None and not greedy[row]:
-                if "generator" not in state.model:
-                    state.model["generator"] = torch.Generator(device).manual_seed(params.seed)
-                generators[row] = state.model["generator"]
-        if all(greedy) or not any(greedy):
-            return torch.full((len(greedy),), greedy[0], device=device), generators
-        return torch.tensor(greedy).to(device, non_blocking=True), generators
+        if not self._eager:
+            self._frames.capture(batch_sizes(max_num_seqs))
 
     def _prompt(self, state: OmniRequestState) -> torch.Tensor:
         """Embeddings [L, H] of the prompt."""
@@ -270,20 +288,34 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
         """Thinker tokens [n] as rows [n, H]."""
         return self.text_projection(self.thinker_embedding(ids))
 
-    def _step_row(self, state: OmniRequestState, step: int) -> torch.Tensor:
-        batch, row = state.model["codes"][step]
-        summed: torch.Tensor = batch[row]
-        return summed + self._text_row(state, step)
+    def _read_text(self, states: Sequence[OmniRequestState]) -> None:
+        """Project the text that has arrived for any of ``states``, in one go."""
+        found: list[tuple[OmniRequestState, torch.Tensor]] = []
+        for state in states:
+            read = state.model.get("read", 0)
+            if read > len(state.chunks):
+                continue
+            state.model["read"] = len(state.chunks) + 1
+            for payload in [state.info, *state.chunks][read:]:
+                if "text" in payload and state.error is None:
+                    try:
+                        found.append((state, check_tensor(payload, "text", (None,))))
+                    except OmniError as error:
+                        state.error = error
+        if not found:
+            return
+        rows = self._project(torch.cat([ids for _, ids in found]))
+        for (state, _), part in zip(found, rows.split([len(ids) for _, ids in found]), strict=True):
+            state.model.setdefault("text", []).extend(part.unbind())
+
+    def _sum(self, state: OmniRequestState, step: int) -> tuple[torch.Tensor, int]:
+        """A batch of summed embeddings [B, H], and the row in it that is this frame's."""
+        last, batch, row = state.model["sum"]
+        return (batch, row) if last == step else (self._frames.embed(_codes(state, step)[:, None]), 0)
 
     def _text_row(self, state: OmniRequestState, step: int) -> torch.Tensor:
-        """Text conditioning [H] of a step; chunks that have arrived since are projected first."""
-        rows: list[torch.Tensor] = state.model.setdefault("text", [])
-        read = state.model.get("read", 0)
-        if read <= len(state.chunks):
-            for payload in [state.info, *state.chunks[read:]] if read == 0 else state.chunks[read - 1 :]:
-                if "text" in payload:
-                    rows.extend(self._project(check_tensor(payload, "text", (None,))))
-            state.model["read"] = len(state.chunks) + 1
+        """Text conditioning [H] of a step."""
+        rows: Sequence[torch.Tensor] = state.model.get("text", ())
         return rows[step] if step < len(rows) else self._pad()
 
     def _pad(self) -> torch.Tensor:
