@@ -57,21 +57,13 @@ def our_pipe(tiny_folder: Callable[[str], Path]) -> Iterator[Callable[[str], Any
 @pytest.fixture(scope="session")
 def two_ranks(
     tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], list[dict[str, Any]]]:
-    """Results of both ranks of a run with ``name=2`` (such as ``tensor_parallel_size``), all families in one run."""
+) -> dict[str, list[dict[str, Any]]]:
+    """Results of both ranks, by what is 2 (such as ``tensor_parallel_size``): all kinds and families in one run."""
     import torch
     import torch.multiprocessing
 
-    made: dict[str, list[dict[str, Any]]] = {}
-
-    def run(name: str) -> list[dict[str, Any]]:
-        if name not in made:
-            out = tmp_path_factory.mktemp(name)
-            folders = {family: tiny_folder(family) for family in ("flux", "qwen-image")}
-            torch.multiprocessing.spawn(
-                rank_runs.run_rank, args=({name: 2}, folders, f"file://{out}/meeting", out), nprocs=2
-            )
-            made[name] = [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
-        return made[name]
-
-    return run
+    out = tmp_path_factory.mktemp("two_ranks")
+    folders = {family: tiny_folder(family) for family in ("flux", "qwen-image")}
+    torch.multiprocessing.spawn(rank_runs.run_rank, args=(rank_runs.RANK_KINDS, folders, out), nprocs=2)
+    ranks = [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
+    return {kind: [rank[kind] for rank in ranks] for kind in rank_runs.RANK_KINDS}

@@ -25,6 +25,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from vllm_omni.model_executor.tiny_models.config import merged
 from vllm_omni.model_executor.tiny_models.text import chat_template, make_tokenizer
 
 VOICES = ("Chelsie", "Ethan")
@@ -270,14 +271,7 @@ _FULL_SIZES: dict[str, Any] = {
 
 def full_size_config() -> dict[str, Any]:
     """``config.json`` with the sizes of Qwen2.5-Omni-7B; the token ids are those of the tiny tokenizer."""
-    return _merged(tiny_config(), _FULL_SIZES)
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    nested = {
-        k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()
-    }
-    return {**base, **nested}
+    return merged(tiny_config(), _FULL_SIZES)
 
 
 def make_full_size_qwen2_5_omni(folder: str | Path) -> Path:

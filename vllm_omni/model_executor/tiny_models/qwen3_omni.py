@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_omni.model_executor.tiny_models.config import merged
 from vllm_omni.model_executor.tiny_models.text import chat_template, make_tokenizer
 
 _SPECIALS = {
@@ -160,14 +161,7 @@ def make_full_size_qwen3_omni(folder: str | Path) -> Path:
 
 def full_size_config(ids: dict[str, int]) -> dict[str, Any]:
     """``released_config`` with the released sizes (Qwen3-Omni-30B-A3B-Instruct)."""
-    return _merged(released_config(ids), _FULL_SIZES)
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **base,
-        **{key: _merged(base[key], value) if isinstance(value, dict) else value for key, value in over.items()},
-    }
+    return merged(released_config(ids), _FULL_SIZES)
 
 
 def _draw(model: nn.Module) -> None:
