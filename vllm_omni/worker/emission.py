@@ -158,7 +158,8 @@ class OmniAsyncOutput(AsyncModelRunnerOutput):
         self._done = torch.cuda.Event(blocking=True)
         main = torch.cuda.current_stream()
         with torch.cuda.stream(stream):
-            stream.wait_stream(main)
+            if emission.layers or not emission.whole:  # made after vLLM's output, which waited for what was before it
+                stream.wait_stream(main)
             emission.to_host()
             self._done.record()
 

@@ -227,10 +227,12 @@ class GPUARModelRunner(OmniGPUModelRunner):
 
     def _hidden_rows(self, rows: list[Row], step: Any) -> tuple[list[Row], dict[str, torch.Tensor]]:
         """The requests whose hidden states are sent, and those states one after another."""
+        if not self._layers or not self.omni_sends:
+            return [], {}
         chosen = [row for row in rows if row.state.request_id in self.omni_emit and row.state.error is None]
         if self.omni_config.hidden_rows == "media":
             chosen = [row for row in chosen if row.pos < row.state.prompt_len]
-        if not self._layers or not chosen or not self.omni_sends:
+        if not chosen:
             return [], {}
         inner = dict(zip(self._aux_layers, step.aux_hidden_states or (), strict=False))
         sources = {FINAL: step.hidden_states, EMBEDDINGS: self._embeddings, **inner}

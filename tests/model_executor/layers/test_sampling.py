@@ -58,7 +58,7 @@ def test_greedy_tokens_are_vllms() -> None:
         want = vllm_greedy(
             logits, [prompts[i] for i in order], [outputs[i] for i in order], [penalties[i] for i in order]
         )
-        got = tokens.sample(logits)
+        got = tokens.sample(logits, torch.ones_like(logits))
         tokens.keep(got)
         for row, i in enumerate(order):
             if i != idle:
@@ -76,7 +76,7 @@ def test_a_request_that_comes_back_goes_on() -> None:
     tokens = TokenSampler(2, VOCABULARY, 8)
     tokens.open(1, np.array([9, 4, 5], dtype=np.int32), 2, 0, ())
     tokens.arrange([rules(1, penalty=4.0)])
-    assert tokens.sample(logits).tolist() == [6]
+    assert tokens.sample(logits, torch.ones_like(logits)).tolist() == [6]
     tokens.keep(torch.tensor([6]))
     assert tokens.made(1, 3) == [4, 5, 6]
 
@@ -91,7 +91,7 @@ def test_stops_are_barred_before_the_minimum() -> None:
     tokens.arrange([rules(0), rules(1)])
     said = []
     for _ in range(4):
-        said.append(tokens.sample(logits).tolist())
+        said.append(tokens.sample(logits, torch.ones_like(logits)).tolist())
         tokens.keep(torch.tensor(said[-1]))
     assert said == [[8, 7], [8, 7], [7, 7], [7, 7]]
 
@@ -113,8 +113,7 @@ def test_draws_have_vllms_distribution(temperature: float, top_k: int, top_p: fl
     drawn = [rules(slot, temperature, top_k, top_p, penalty) for slot in range(1, count)]
     tokens.arrange([rules(0, penalty=penalty), *drawn])
     assert tokens.drawing
-    tokens.draw(count)
-    got = tokens.sample(logits.expand(count, -1))
+    got = tokens.sample(logits.expand(count, -1), torch.empty(count, VOCABULARY).exponential_())
     bent = logits.clone()
     bent[0, prompt] = torch.where(bent[0, prompt] > 0, bent[0, prompt] / penalty, bent[0, prompt] * penalty)
     assert got[0] == bent.argmax()

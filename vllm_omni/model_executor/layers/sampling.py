@@ -36,9 +36,9 @@ class Rules(NamedTuple):
 class TokenSampler:
     """Samples for up to ``rows`` requests of a batch.
 
-    ``arrange`` says which request is in which row, ``draw`` makes the noise of a step. ``sample`` and ``keep`` read and
-    write tensors whose places are fixed: a graph of n rows works on the first n. Rows without a request work on a slot
-    that nobody reads, so a batch may be padded.
+    ``arrange`` says which request is in which row. The places of all tensors that ``sample`` and ``keep`` read and write
+    are fixed: a graph of n rows works on the first n. Rows without a request work on a slot that nobody reads, so a
+    batch may be padded.
     """
 
     def __init__(self, rows: int, vocabulary: int, length: int, *, able: bool = True) -> None:
@@ -57,7 +57,6 @@ class TokenSampler:
         """Whether a row of the batch is not greedy."""
         self._nobody = np.array([rows, 0.0, vocabulary, 1.0, 1.0], dtype=np.float32)
         self._rules = torch.tensor(np.tile(self._nobody, (rows, 1)).tolist())
-        self._noise = torch.ones(rows, vocabulary, dtype=torch.float32)
         self._seen = torch.zeros(rows + 1, vocabulary, dtype=torch.bool)
         self._stops = torch.zeros(rows + 1, vocabulary, dtype=torch.bool)
         self._made = torch.zeros(rows + 1, dtype=torch.int64)
@@ -89,10 +88,6 @@ class TokenSampler:
         self.drawing = bool((values[:, 1] >= GREEDY_BELOW).any())
         self._upload(self._rules, values)
 
-    def draw(self, batch: int) -> None:
-        """New noise for the first ``batch`` rows."""
-        self._noise[:batch].exponential_()
-
     def made(self, slot: int, count: int) -> list[int]:
         """The first ``count`` tokens that ``slot`` sampled. Waits for the device."""
         tokens: list[int] = self._log[slot, :count].tolist()
@@ -109,8 +104,8 @@ class TokenSampler:
         """Rows [batch] bool that take the likeliest token."""
         return self._rules[:batch, 1] < GREEDY_BELOW
 
-    def sample(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """Next tokens [B] int64 of the first B rows."""
+    def sample(self, logits_BV: torch.Tensor, noise_BV: torch.Tensor) -> torch.Tensor:
+        """Next tokens [B] int64 of the first B rows; ``noise`` are exponential draws, unused in greedy rows."""
         batch = logits_BV.shape[0]
         slots, (temperature, top_k, top_p, penalty) = self._slots(batch), self._rules[:batch, 1:].unbind(1)
         early = (self._made[slots] < self._least[slots])[:, None]
@@ -120,7 +115,7 @@ class TokenSampler:
         best, greedy = logits.argmax(-1), temperature < GREEDY_BELOW
         logits = logits / temperature.masked_fill(greedy, 1.0)[:, None]
         logits = apply_top_k_top_p_pytorch(logits, top_k.long(), top_p)
-        drawn = (logits.softmax(-1) / self._noise[:batch]).argmax(-1)
+        drawn = (logits.softmax(-1) / noise_BV).argmax(-1)
         return torch.where(greedy, best, drawn)
 
     def keep(self, tokens_B: torch.Tensor) -> None:

@@ -9,7 +9,6 @@ Source of the architecture: ``Qwen3OmniMoeTalkerCodePredictorModelForConditional
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -70,19 +69,12 @@ class CodePredictor(nn.Module):
         if wrong is not None:
             logger.warning("the code predictor runs in PyTorch: %s", wrong)
 
-    def noise(
-        self,
-        batch: int,
-        generators: Mapping[int, torch.Generator],
-        device: torch.device,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Exponential draws [B, residual codes, vocabulary] for ``forward``, in ``out`` if it is given.
+    def noise(self, batch: int, generators: dict[int, torch.Generator], device: torch.device) -> torch.Tensor:
+        """Exponential draws [B, residual codes, vocabulary] for ``forward``.
 
         ``generators`` gives rows (by index in the batch) that are drawn from a seed of their own.
         """
-        if out is None:
-            out = torch.empty(batch, self.residuals, self.lm_head[0].out_features, device=device)
+        out = torch.empty(batch, self.residuals, self.lm_head[0].out_features, device=device)
         if len(generators) < batch:
             out.exponential_()
         for row, generator in generators.items():

@@ -7,6 +7,7 @@ states in, draws noise and launches one graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -44,7 +45,9 @@ class FrameMaker:
         self._hidden = torch.zeros(rows, size, dtype=dtype)
         self._first = torch.full((rows,), SAMPLE, dtype=torch.int64)
         self._first_row = torch.zeros(rows, size, dtype=dtype)
-        self._noise = torch.ones(rows, predictor.residuals, predictor.lm_head[0].out_features, dtype=torch.float32)
+        self._residual = predictor.residuals, predictor.lm_head[0].out_features
+        # One draw for all codes of a frame.
+        self._noise = torch.ones(rows, tokens.vocabulary + math.prod(self._residual), dtype=torch.float32)
         self._sampling = True
         self._run = GraphedRows(self._make)
         self.capture = self._run.capture
@@ -73,9 +76,9 @@ class FrameMaker:
             # Spread over several GPUs: embedding needs them all, which a graph of our own cannot hold.
             self._first_row[:batch].copy_(self._embed(self._first[:batch]))
         if self._tokens.drawing:
-            if self._sampling:
-                self._tokens.draw(batch)
-            self._predictor.noise(batch, generators, hidden_BC.device, out=self._noise[:batch])
+            self._noise[:batch].exponential_()
+            for row, generator in generators.items():
+                self._residual_noise(batch)[row].exponential_(generator=generator)
         codes, total = self._run(batch)
         return codes[:, :batch].clone(), total[:batch].clone()
 
@@ -83,13 +86,18 @@ class FrameMaker:
         """Codes [groups, batch] and sums [batch, C] of the first ``batch`` rows."""
         tokens, hidden, first = self._tokens, self._hidden[:batch], self._first[:batch]
         if tokens.able:
-            first = torch.where(first == SAMPLE, tokens.sample(self._logits(hidden)), first)
+            drawn = tokens.sample(self._logits(hidden), self._noise[:batch, : tokens.vocabulary])
+            first = torch.where(first == SAMPLE, drawn, first)
             row = self._embed(first)
         else:
             row = self._first_row[:batch]
         tokens.keep(first)
-        residual, total = self._predictor(hidden, row, tokens.greedy(batch), self._noise[:batch])
+        residual, total = self._predictor(hidden, row, tokens.greedy(batch), self._residual_noise(batch))
         return torch.cat([first[None], residual.T]).int(), total + row
+
+    def _residual_noise(self, batch: int) -> torch.Tensor:
+        """Draws [batch, residual codes, vocabulary]."""
+        return self._noise[:batch, self._tokens.vocabulary :].unflatten(1, self._residual)
 
     def embed(self, codes_GB: torch.Tensor) -> torch.Tensor:
         """Sums of embeddings [B, C] of frames that were made before, as they were then."""
