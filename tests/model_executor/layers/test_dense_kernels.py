@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vllm_omni.model_executor.models.qwen3_omni.code_predictor import CodePredictor
 
@@ -67,15 +68,41 @@ def compare(dtype: torch.dtype) -> None:
         assert len(set(codes.flatten().tolist())) > codes.numel() // 2
 
 
+def compare_products(dtype: torch.dtype, kinds: tuple[str, ...], device: str) -> None:
+    """Every way to cut a product, against float32 arithmetic: rows apart, a norm, a gate, a residual."""
+    from vllm_omni.model_executor.layers.product_kernels import Plan, product
+
+    torch.manual_seed(0)
+    cuts = [Plan("looped"), Plan("vector", 8, 8, 256), Plan("vector", 16, 4, 512), Plan("split", 8, 4, 128)]
+    for cut in [*cuts, Plan("split", 16, 8, 64)]:
+        for rows in (1, 2, 17, 40) if cut.kernel in kinds else ():
+            if cut.kernel == "vector" and rows > 2:
+                continue
+            x = torch.randn(rows, 2, 1024, device=device).to(dtype)[:, 1]
+            gains = (1 + 0.1 * torch.randn(1024, device=device)).to(dtype)
+            weight = (torch.randn(32, 1024, device=device) / 32).to(dtype)
+            residual = torch.randn(rows, 32, device=device).to(dtype)
+            normed = F.rms_norm(x.float(), (1024,), gains.float(), 1e-6)
+            gate, up = (normed @ weight.float().T).chunk(2, dim=-1)
+            close = {"atol": 0.03, "rtol": 0.02}
+            got = product(x, weight, norm=gains, eps=1e-6, gated=True, cut=cut)
+            torch.testing.assert_close(got.float(), F.silu(gate) * up, **close)
+            got = product(x, weight, residual=residual, cut=cut)
+            torch.testing.assert_close(got.float(), x.float() @ weight.float().T + residual.float(), **close)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves are tested below")
 def test_interpreted_kernels() -> None:
-    """In Triton's interpreter; float16 has 16-bit logits, which are searched differently. A process of its own: Triton
-    reads the switch when it is imported."""
+    """In Triton's interpreter; float16 has 16-bit logits, which are searched differently. Of bfloat16 the interpreter
+    can only do the product that takes words apart. A process of its own: Triton reads the switch when it is imported.
+    """
     pytest.importorskip("triton")
     command = (
         "import torch; from tests.model_executor.layers import test_dense_kernels, test_snake_kernel\n"
         "with torch.inference_mode():\n"
         "    for dtype in (torch.float32, torch.float16): test_dense_kernels.compare(dtype)\n"
+        "    test_dense_kernels.compare_products(torch.float16, ('split', 'looped'), 'cpu')\n"
+        "    test_dense_kernels.compare_products(torch.bfloat16, ('vector',), 'cpu')\n"
         "    test_snake_kernel.compare('cpu'); print('equal')"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -118,3 +145,41 @@ def test_kernels_in_bfloat16() -> None:
     model.fused = False
     want, _ = model(hidden, first, greedy, noise)
     assert (codes[:, 0] == want[:, 0]).float().mean() >= 0.7
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_products_of_every_cut() -> None:
+    compare_products(torch.bfloat16, ("looped", "vector", "split"), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@torch.inference_mode()
+def test_early_kernels_wait_for_what_they_read(batch: int) -> None:
+    """Frames in a graph, for two inputs in turn, are the same as without overlap, every time."""
+    from vllm_omni.model_executor.layers.graphed import record
+    from vllm_omni.model_executor.layers.product_kernels import OFF, can_overlap, overlap, set_overlap
+
+    model = draw(FULL, torch.bfloat16, "cuda")
+    inputs = torch.randn(2, 2, batch, FULL.hidden_size, device="cuda", dtype=torch.bfloat16)
+    given = inputs[0].clone()
+    greedy = torch.arange(batch, device="cuda") % 2 == 0
+    noise = model.noise(batch, {}, inputs.device)
+    model.use_kernels()
+    assert model.fused
+    if not can_overlap(inputs.device):
+        pytest.skip("this GPU has no programmatic dependent launch")
+    when = overlap(inputs.device)
+    assert when != OFF
+    try:
+        set_overlap(inputs.device, OFF)
+        want = [model(*value, greedy, noise) for value in inputs]
+        set_overlap(inputs.device, when)
+        graph, found = record(lambda: model(*given, greedy, noise), None)
+        for turn in range(20):
+            given.copy_(inputs[turn % 2])
+            graph.replay()
+            assert all(map(torch.equal, found, want[turn % 2]))
+    finally:
+        set_overlap(inputs.device, when)

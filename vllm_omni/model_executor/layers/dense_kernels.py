@@ -2,79 +2,48 @@
 
 At one to a few dozen rows a layer is bound by reading its weights and by the gaps between kernels. Each layer is five
 kernels here (in plain PyTorch about nineteen): norms, residuals and activations are computed inside the products that
-need them, and attention with its norm, rotation and cache is one kernel. Sums are float32, results of the model's type.
-Widths are multiples of 16 and heads powers of two. Imported only where there is a GPU.
+need them (``product_kernels``), and attention with its norm, rotation and cache is one kernel. Each starts before the
+one in front of it ends where the GPU can do that. Sums are float32, results of the model's type. Widths are multiples
+of 16 and heads powers of two. Imported only where there is a GPU.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from triton.errors import TritonError
 
+from vllm_omni.logger import init_logger
 from vllm_omni.model_executor.layers.dense import DenseLayer, DenseSpec, rope_table
+from vllm_omni.model_executor.layers.graphed import record
+from vllm_omni.model_executor.layers.product_kernels import (
+    EARLY,
+    OFF,
+    announce,
+    can_overlap,
+    follow,
+    overlap,
+    product,
+    set_overlap,
+)
+
+logger = init_logger(__name__)
 
 Rope = tuple[torch.Tensor, ...]
-PROGRAMS = 128
-"""Programs of a product."""
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _product(
-    x_ptr,
-    w_ptr,
-    norm_ptr,
-    res_ptr,
-    out_ptr,
-    rows,
-    row_step,
-    eps,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    OWN: tl.constexpr,
-    NORM: tl.constexpr,
-    GATED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """out = x @ w.T of OWN columns. NORM: of rms-normalised x. GATED: silu(first half) * second half."""
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    column = tl.arange(0, BN)
-    n = tl.program_id(0) * OWN + column
-    k = tl.arange(0, BK)
-    live = m < rows
-    own = (column < OWN)[:, None]
-    x_at = x_ptr + m[:, None] * row_step + k[None, :]
-    w_at = w_ptr + n[:, None] * K + k[None, :]
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    up = tl.zeros((BM, BN), dtype=tl.float32)
-    squares = tl.zeros((BM,), dtype=tl.float32)
-    for start in range(0, K, BK):
-        x = tl.load(x_at + start, mask=live[:, None], other=0.0)
-        if NORM:
-            x32 = x.to(tl.float32)
-            squares += tl.sum(x32 * x32, axis=1)
-            x = (x32 * tl.load(norm_ptr + start + k).to(tl.float32)[None, :]).to(x.dtype)
-        acc = tl.dot(x, tl.trans(tl.load(w_at + start, mask=own, other=0.0)), acc, input_precision=PRECISION)
-        if GATED:
-            second = tl.load(w_at + N * K + start, mask=own, other=0.0)
-            up = tl.dot(x, tl.trans(second), up, input_precision=PRECISION)
-    if NORM:
-        scale = tl.rsqrt(squares / K + eps)[:, None]
-        acc = acc * scale
-        up = up * scale
-    if GATED:
-        acc = acc / (1.0 + tl.exp(-acc)) * up
-    at = m[:, None] * N + n[None, :]
-    inside = live[:, None] & (column < OWN)[None, :]
-    if RESIDUAL:
-        acc += tl.load(res_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+ATTENTION_WARPS = 2
+"""Warps of attention of one row and key head."""
+CHOOSE_WARPS = 8
+"""Warps that choose a row's code."""
+CHOOSE_WAYS = 4
+"""Parts into which a search for a limit cuts its range at a time; a power of two."""
+CHECKED = (1, 8, 32)
+"""Batches that ``check`` runs: of one and of two rows each, all plans for products."""
+REPEATS = 20
+"""Runs of a graph in ``check``."""
 
 
 @triton.jit
@@ -107,11 +76,13 @@ def _attention(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
+    launch_pdl: tl.constexpr,
 ):
     """Attention of T new tokens of one row and one key head: norm, rotate, write the cache, attend to all so far.
 
     ``past`` is [2, rows, KV, LENGTH, D]; ``start`` tokens are in it.
     """
+    announce(launch_pdl)
     row, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, D)
     turned = (d + D // 2) % D
@@ -119,6 +90,7 @@ def _attention(
     width: tl.constexpr = (HEADS + 2 * KV) * D
     cache = past_ptr + (row * KV + head) * LENGTH * D + place[:, None] * D + d[None, :]
     known = (place < start)[:, None]
+    follow(launch_pdl)
     keys = tl.load(cache, mask=known, other=0.0).to(tl.float32)
     values = tl.load(cache + past_half, mask=known, other=0.0).to(tl.float32)
     for t in tl.static_range(T):
@@ -145,6 +117,42 @@ def _attention(
             tl.store(out_ptr + (row * T + t) * HEADS * D + at * D + d, out.to(out_ptr.dtype.element_ty))
 
 
+@triton.jit
+def _rounds(span, ROUNDS: tl.constexpr, WAYS: tl.constexpr):
+    """Searches by WAYS in a row that find one of ``span`` numbers, and the size of a way of the first of them."""
+    rounds = (span * 0 + 1).to(tl.int32)
+    step = span * 0 + 1
+    for _ in tl.static_range(ROUNDS - 1):
+        more = step * WAYS < span
+        rounds += more.to(tl.int32)
+        step = tl.where(more, step * WAYS, step)
+    return rounds, step
+
+
+@triton.jit
+def _likeliest(key, low, high, TOP_K: tl.constexpr, ROUNDS: tl.constexpr, WAYS: tl.constexpr):
+    """The largest number that TOP_K keys reach, given that as many reach ``low`` and fewer reach ``high``."""
+    way = 1 + tl.arange(0, WAYS)
+    rounds, step = _rounds(high - low, ROUNDS, WAYS)
+    for _ in range(rounds):
+        reached = tl.sum((key[:, None] >= (low + step * way)[None, :]).to(tl.int32), axis=0)
+        low += step * tl.sum((reached >= TOP_K).to(tl.int32), axis=0)
+        step = step // WAYS
+    return low
+
+
+@triton.jit
+def _nucleus(key, probs, low, high, limit, ROUNDS: tl.constexpr, WAYS: tl.constexpr):
+    """The smallest number above which there is less than ``limit``, given that this holds for ``high``, not ``low``."""
+    way = 1 + tl.arange(0, WAYS)
+    rounds, step = _rounds(high - low, ROUNDS, WAYS)
+    for _ in range(rounds):
+        above = tl.sum(tl.where(key[:, None] > (low + step * way)[None, :], probs[:, None], 0.0), axis=0)
+        low += step * tl.sum((above >= limit).to(tl.int32), axis=0)
+        step = step // WAYS
+    return low + 1
+
+
 @triton.jit(do_not_specialize=["group"])
 def _choose(
     logits_ptr,
@@ -164,97 +172,43 @@ def _choose(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STEPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    WAYS: tl.constexpr,
+    launch_pdl: tl.constexpr,
 ):
     """One code of one row, its embedding as the next input, and the sum of the embeddings so far.
 
-    The TOP_K likeliest and of them those within ``top_p`` are found by halving over the logits' bits: 16 STEPS for
-    logits that were 16-bit numbers, 32 for float32.
+    The TOP_K likeliest and of them those within ``top_p`` are found by searches over the logits' bits: 16 STEPS for
+    logits that were 16-bit numbers, 32 for float32. The first starts at the least of the largest keys of PARTS parts,
+    which PARTS keys reach; PARTS is no less than TOP_K.
     """
+    announce(launch_pdl)
     row = tl.program_id(0)
     v = tl.arange(0, BLOCK)
+    c = tl.arange(0, BLOCK_C)
+    inside = c < C
+    follow(launch_pdl)
     logits = tl.load(logits_ptr + row * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
+    noise = tl.load(noise_ptr + row * noise_step + group * V + v, mask=v < V, other=1.0)
+    greedy = tl.load(greedy_ptr + row) != 0
+    total = tl.load(total_ptr + row * C + c, mask=inside, other=0.0)
     bits = logits.to(tl.int32, bitcast=True)
     key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - STEPS)  # ordered as the logits are
     if STEPS == 32:
         key = key.to(tl.int64)  # sums of two of them must fit
-    top = tl.max(key, axis=0)
-    low, high = tl.min(key, axis=0), top + 1
-    for _ in range(STEPS + 1):  # low: the largest number that TOP_K keys reach
-        middle = (low + high) >> 1
-        enough = tl.sum((key >= middle).to(tl.int32), axis=0) >= TOP_K
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-    probs = tl.where((key >= low) & (v < V), tl.exp(logits - tl.max(logits, axis=0)), 0.0)
-    limit = top_p * tl.sum(probs, axis=0)
-    low, high = low - 1, top
-    for _ in range(STEPS + 1):  # high: the smallest number above which there is less than the limit
-        middle = (low + high) >> 1
-        less = (tl.sum(tl.where(key > middle, probs, 0.0), axis=0) < limit) & (middle > low)
-        high = tl.where(less, middle, high)
-        low = tl.where(less, low, middle)
-    noise = tl.load(noise_ptr + row * noise_step + group * V + v, mask=v < V, other=1.0)
-    drawn = tl.argmax(tl.where((key >= high) & (probs > 0), probs / noise, -1.0), axis=0)
-    best = tl.argmax(tl.where(v < V, logits, float("-inf")), axis=0)
-    code = tl.where(tl.load(greedy_ptr + row) != 0, best, drawn).to(tl.int64)
-    tl.store(codes_ptr + row * codes_step + group, code)
-    c = tl.arange(0, BLOCK_C)
-    inside = c < C
+    probs = tl.exp(logits - tl.max(logits, axis=0))
+    largest = tl.max(tl.reshape(key, (PARTS, BLOCK // PARTS)), axis=1)
+    top = tl.max(largest, axis=0)
+    low = _likeliest(key, tl.min(largest, axis=0), top + 1, TOP_K, ROUNDS, WAYS)
+    limit = top_p * tl.sum(tl.where(key >= low, probs, 0.0), axis=0)
+    high = _nucleus(key, probs, low - 1, top, limit, ROUNDS, WAYS)
+    drawn = tl.where((key >= high) & (probs > 0), probs / noise, -1.0)
+    code = tl.argmax(tl.where(greedy, logits, drawn), axis=0).to(tl.int64)
     embedded = tl.load(table_ptr + code * C + c, mask=inside, other=0.0)
     tl.store(next_ptr + row * C + c, embedded, mask=inside)
-    total = tl.load(total_ptr + row * C + c, mask=inside, other=0.0)
     tl.store(total_ptr + row * C + c, total + embedded.to(tl.float32), mask=inside)
-
-
-def product(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
-    residual: torch.Tensor | None = None,
-    gated: bool = False,
-) -> torch.Tensor:
-    """Rows [R, K] times ``weight`` [N, K]: [R, N].
-
-    Args:
-        x: rows; the last dimension is dense, rows may be apart.
-        weight: of a linear layer without bias.
-        norm: gains of an RMS norm of x.
-        eps: of the norm.
-        residual: [R, N], added.
-        gated: the result is silu(first N / 2) * (last N / 2): [R, N / 2].
-    """
-    rows, size = x.shape
-    columns = weight.shape[0] // 2 if gated else weight.shape[0]
-    block_m = 16 if rows <= 16 else 32
-    # As many programs as the GPU has processors, about: each owns the columns that make it so.
-    own = columns // PROGRAMS if columns % PROGRAMS == 0 and 8 <= columns // PROGRAMS <= 32 else 16
-    block_n = max(16, triton.next_power_of_2(own))
-    block_k = next(b for b in (256, 128, 64, 32, 16) if size % b == 0)
-    out = torch.empty(rows, columns, device=x.device, dtype=x.dtype)
-    _product[(columns // own, triton.cdiv(rows, block_m))](
-        x,
-        weight,
-        x if norm is None else norm,
-        x if residual is None else residual,
-        out,
-        rows,
-        x.stride(0),
-        eps,
-        N=columns,
-        K=size,
-        BM=block_m,
-        BN=block_n,
-        BK=block_k,
-        OWN=own,
-        NORM=norm is not None,
-        GATED=gated,
-        RESIDUAL=residual is not None,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=2 if x.dtype == torch.float32 else 4,
-    )
-    return out
+    tl.store(codes_ptr + row * codes_step + group, code)
 
 
 def attend(
@@ -281,7 +235,8 @@ def attend(
         LENGTH=length,
         BLOCK=triton.next_power_of_2(length),
         NORM=gains is not None,
-        num_warps=4,
+        launch_pdl=overlap(qkv.device),
+        num_warps=ATTENTION_WARPS,
     )
     return out
 
@@ -300,6 +255,8 @@ def choose(
     """Sample code ``group`` of every row into ``codes`` [R, groups]; its embedding [R, C] is returned and added to
     ``total`` [R, C] float32. ``noise`` is [R, groups, V] float32."""
     rows, size = logits.shape
+    top_k, block = min(top_k, size), triton.next_power_of_2(size)
+    steps = 32 if logits.dtype == torch.float32 else 16
     out = torch.empty(rows, table.shape[1], device=logits.device, dtype=table.dtype)
     _choose[(rows,)](
         logits,
@@ -313,45 +270,117 @@ def choose(
         codes.stride(0),
         noise.stride(0),
         top_p,
-        TOP_K=min(top_k, size),
+        TOP_K=top_k,
         V=size,
-        BLOCK=triton.next_power_of_2(size),
+        BLOCK=block,
         C=table.shape[1],
         BLOCK_C=triton.next_power_of_2(table.shape[1]),
-        STEPS=32 if logits.dtype == torch.float32 else 16,
-        num_warps=8,
+        STEPS=steps,
+        PARTS=triton.next_power_of_2(top_k),
+        ROUNDS=steps // (CHOOSE_WAYS.bit_length() - 1) + 1,
+        WAYS=CHOOSE_WAYS,
+        launch_pdl=overlap(logits.device),
+        num_warps=CHOOSE_WARPS,
     )
     return out
 
 
 def check(spec: DenseSpec, vocabulary: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Run a layer's kernels on random numbers; what is wrong with them on this machine, or None."""
+    """Run a layer's kernels on random numbers; what is wrong with them on this machine, or None.
+
+    Where the GPU can, kernels start early from now on, if that gives the same.
+    """
+    set_overlap(device, OFF)
+    wrong = _check(spec, vocabulary, device, dtype)
+    if wrong is None and can_overlap(device):
+        set_overlap(device, EARLY)
+        early = _check(spec, vocabulary, device, dtype)
+        if early is not None:
+            set_overlap(device, OFF)
+            logger.warning("kernels wait for each other's end on %s: started early, %s", device, early)
+    return wrong
+
+
+def _check(spec: DenseSpec, vocabulary: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with the kernels as they are set up now, or None."""
     layer = DenseLayer(spec).to(device, dtype)
     for parameter in layer.parameters():
         parameter.data.normal_(0.0, parameter.shape[-1] ** -0.5) if parameter.dim() > 1 else parameter.data.fill_(1.1)
-    rope = rope_table(4, spec, device, torch.float32)
-    low = tuple(table.to(dtype) for table in rope)
-    x = torch.randn(6, spec.hidden_size, device=device, dtype=dtype)
-    pasts = [x.new_zeros(2, 2, spec.num_kv_heads, 4, spec.head_dim) for _ in range(2)]
-    logits = torch.randn(2, vocabulary, device=device, dtype=dtype)
-    greedy, noise = torch.tensor([True, False], device=device), torch.ones(2, 1, vocabulary, device=device)
-    codes, total = torch.zeros(2, 1, dtype=torch.int64, device=device), torch.zeros(2, 16, device=device)
-    table = torch.randn(vocabulary, 16, device=device, dtype=dtype)
-    want, got = [], []
+    table = torch.randn(vocabulary, spec.hidden_size, device=device, dtype=dtype)
     try:
-        for start, rows in ((0, x[:4]), (2, x[4:])):
-            new = rows.shape[0] // 2
-            part = tuple(values[start : start + new] for values in low)
-            want.append(layer(rows.view(2, new, -1), part, past=pasts[0], start=start).reshape(2 * new, -1))
-            got.append(run_layer(layer, rows, rope, pasts[1], start, new))
-        choose(logits, greedy, noise, 0, table, codes, total, 50, 0.8)
-        off = float((torch.cat(got) - torch.cat(want)).float().abs().max())
+        for batch in CHECKED if device.type == "cuda" else CHECKED[:1]:  # interpreted kernels are slow
+            wrong = _check_batch(batch, layer, table)
+            if wrong is not None:
+                return f"{wrong}, batch {batch}"
     except (TritonError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
-    if not off <= 0.1:
-        return f"a layer is off by {off:g}"
-    # With equal noise the likeliest is drawn.
-    return None if codes[:, 0].tolist() == logits.argmax(-1).tolist() else "wrong codes are chosen"
+    return None
+
+
+def _check_batch(batch: int, layer: DenseLayer, table: torch.Tensor) -> str | None:
+    """What is wrong with the kernels for this batch, or None: the layer three times over, and a choice."""
+    spec = layer.self_attn.spec
+    (vocabulary, size), device = table.shape, table.device
+    rope = rope_table(4, spec, device, torch.float32)
+    inputs = torch.randn(2, batch, 3, size, device=device, dtype=table.dtype)
+    x = inputs[0].clone()
+    greedy = torch.ones(batch, dtype=torch.bool, device=device)
+    noise = torch.ones(batch, 1, vocabulary, device=device)
+
+    def run(fused: bool) -> torch.Tensor:
+        """Two tokens of each row, then one; [3, batch * 3, size]."""
+        past = x.new_zeros(3, 2, batch, spec.num_kv_heads, 4, spec.head_dim)
+        y, found = x, []
+        for number in range(3):
+            parts = []
+            for start, rows in ((0, y[:, :2]), (2, y[:, 2:])):
+                if fused:
+                    flat = rows.contiguous().view(-1, size)
+                    part = run_layer(layer, flat, rope, past[number], start, rows.shape[1]).view(rows.shape)
+                else:
+                    low = tuple(values[start : start + rows.shape[1]].to(x.dtype) for values in rope)
+                    part = layer(rows, low, past=past[number], start=start)
+                parts.append(part)
+            y = torch.cat(parts, dim=1)
+            found.append(y.view(-1, size))
+        return torch.stack(found)
+
+    def chosen() -> tuple[torch.Tensor, torch.Tensor]:
+        logits = product(x[:, 0], table)
+        codes, total = (
+            torch.zeros_like(logits[:, :1], dtype=torch.int64),
+            torch.zeros_like(x[:, 0], dtype=torch.float32),
+        )
+        return logits, choose(logits, greedy, noise, 0, table, codes, total, 50, 0.8)
+
+    want, got = run(False).float(), run(True).float()
+    off = float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
+    if not off <= 0.03:
+        return f"layers are off by {off:g} of their result"
+    logits, embedded = chosen()
+    if not torch.equal(embedded, table[logits.argmax(-1)]):
+        return "wrong codes are chosen"
+    if device.type == "cuda" and not _repeats(lambda: (run(True), *chosen()), x, inputs):
+        return "a graph of them gives something else each time"
+    return None
+
+
+def _repeats(function: Callable[[], tuple[torch.Tensor, ...]], x: torch.Tensor, inputs: torch.Tensor) -> bool:
+    """Whether a graph of ``function``, which reads ``x``, gives the same each time it is run on the same of ``inputs``.
+
+    The inputs take turns, so that a kernel that comes too early finds what another input left.
+    """
+    graph, results = record(function, None)
+    first: list[tuple[torch.Tensor, ...]] = []
+    for turn in range(REPEATS):
+        x.copy_(inputs[turn % len(inputs)])
+        graph.replay()
+        found = tuple(result.clone() for result in results)
+        if turn < len(inputs):
+            first.append(found)
+        elif not all(map(torch.equal, found, first[turn % len(inputs)])):
+            return False
+    return True
 
 
 def run_layer(layer: DenseLayer, x: torch.Tensor, rope: Rope, past: torch.Tensor, start: int, new: int) -> torch.Tensor:
