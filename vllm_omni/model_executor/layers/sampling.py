@@ -36,9 +36,9 @@ class Rules(NamedTuple):
 class TokenSampler:
     """Samples for up to ``rows`` requests of a batch.
 
-    ``arrange`` says which request is in which row. The places of all tensors that ``sample`` and ``keep`` read and write
-    are fixed: a graph of n rows works on the first n. Rows without a request work on a slot that nobody reads, so a
-    batch may be padded.
+    ``arrange`` says which request is in which row. All tensors that ``sample`` and ``keep`` read and write have fixed
+    places: a graph of n rows works on the first n. Rows without a request work on a slot that nobody reads, so a batch
+    may be padded.
     """
 
     def __init__(self, rows: int, vocabulary: int, length: int, *, able: bool = True) -> None:
