@@ -50,6 +50,7 @@ EDGE_SETTINGS = frozenset(
         "initial_codec_chunk_frames",
         "codec_left_context_frames",
         "codec_right_context_frames",
+        "initial_codec_right_context_frames",
     }
 )
 """Keys of a connector's ``extra`` that are for edge functions (``EdgeInput.extra``) and not for the connector."""

@@ -9,6 +9,7 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_omni.errors import ConfigError, RequestError
 from vllm_omni.inputs.edge import EdgeInput
+from vllm_omni.model_executor.models.qwen2_5_omni.token2wav import GRAPHED_BLOCKS, GRAPHED_CODES
 from vllm_omni.model_executor.stage_input_processors.qwen2_5_omni import talker2token2wav, thinker2talker
 from vllm_omni.model_executor.tiny_models.qwen2_5_omni import tiny_config
 
@@ -53,7 +54,8 @@ def test_windows_cover_every_code_once(config: Any) -> None:
         first = window["offset"] + window["keep"][0]
         assert window["keep"][0] >= min(20, first)
         assert window["speaker"] == "Ethan"
-    for window in made[:-1]:
+    assert len(made[0]["codes"]) == 12, "a whole block"
+    for window in made[1:-1]:
         assert len(window["codes"]) - window["keep"][1] == 6
 
 
@@ -73,6 +75,36 @@ def test_settings_of_the_flow_travel(config: Any) -> None:
     assert "seed" not in windows(config, [[5]])[0]
     with pytest.raises(RequestError, match="did you mean 'num_steps'"):
         windows(config, [[5]], sampling_params=SamplingParams(extra_args={"num_step": 5}))
+
+
+def test_default_windows_are_those_that_are_captured(config: Any) -> None:
+    """The first comes after 24 codes; blocks and vocoder lengths of a long stream and of every last window."""
+    whole = list(range(100, 600))
+    for count in (*range(30, 180, 7), 500):
+        made = windows(config, [[code] for code in whole[:count]] + [[8294]], extra={})
+        heard = [code for window in made for code in window["codes"][slice(*window["keep"])]]
+        assert heard == whole[:count]
+        for number, window in enumerate(made[:-1]):
+            most = (24, 48, 84, 144, 168)[min(number, 4)]
+            assert len(window["codes"]) == most, "full blocks"
+            assert -(-most // 12) in GRAPHED_BLOCKS
+        for window in made:
+            decoded = window["keep"][1] - window["keep"][0] + min(20, window["keep"][0])
+            decoded += min(20, len(window["codes"]) - window["keep"][1])
+            fits = any(decoded <= size <= len(window["codes"]) for size in GRAPHED_CODES)
+            assert fits or (window is made[-1] and window["offset"] == 0)
+    fresh = [window["keep"][1] - window["keep"][0] for window in made]
+    assert fresh[:6] == [8, 16, 36, 72, 96, 96]
+
+
+def test_a_first_window_is_no_larger_than_the_later_ones(config: Any) -> None:
+    """The model's own first window shrinks with them; one that is asked for is refused."""
+    extra = {"codec_chunk_frames": 6, "codec_right_context_frames": 4}
+    made = windows(config, [[code] for code in range(40)], extra=extra)
+    assert made[0]["keep"] == [0, 6]
+    assert len(made[0]["codes"]) == 12
+    with pytest.raises(ConfigError, match="initial_codec_right_context_frames=5 is more than"):
+        windows(config, [[5]], extra={**extra, "initial_codec_right_context_frames": 5})
 
 
 @pytest.mark.parametrize(

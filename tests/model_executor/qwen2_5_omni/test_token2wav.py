@@ -106,13 +106,24 @@ def test_a_stream_is_close_to_the_whole(stage: Stage) -> None:
     errors = []
     for context in (0, 12, 24, 48):
         got, sizes = stream(stage, codes, codec_left_context_frames=context, codec_right_context_frames=context)
-        assert sizes[:2] == [6, 12]
+        assert sizes[:2] == [6, 18]
         assert len(got) == len(whole)
         errors.append(float((got - whole).square().mean().sqrt() / whole.std()))
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 0.1, "without context it is another sound"
     assert errors[1] < 0.02
     assert errors[2] < 1e-3
+
+
+def test_the_default_stream_is_close_to_the_whole(stage: Stage) -> None:
+    """Also its first window, which waits for less than the others."""
+    codes = some_codes(84, 5)
+    (whole,) = sound(stage, [{"codes": codes}])
+    (first,) = sound(stage, [{"codes": codes[:24], "keep": [0, 8]}])
+    (second,) = sound(stage, [{"codes": codes[:48], "keep": [8, 24]}])
+    for got, begin in ((first, 0), (second, len(first))):
+        error = (got - whole[begin : begin + len(got)]).square().mean().sqrt() / whole.std()
+        assert error < 1e-3
 
 
 def test_a_window_with_everything_around_it_is_exact(stage: Stage) -> None:

@@ -8,7 +8,7 @@ then there is sound to play meanwhile. Without streaming there is one window wit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
 from vllm_omni.errors import ConfigError
@@ -28,13 +28,16 @@ class ChunkSchedule:
     """Frames before the new ones that are sent again."""
     codec_right_context_frames: int = 0
     """Frames after the new ones that a window of a running stream waits for, for vocoders that look ahead."""
+    initial_codec_right_context_frames: int | None = None
+    """The same for the first window; None: as many as for the others."""
 
     @classmethod
     def of(cls, extra: Mapping[str, Any], **defaults: int) -> ChunkSchedule:
-        """The schedule that a connector's ``extra`` describes; ``defaults`` are the model's.
+        """The schedule that a connector's ``extra`` describes; ``defaults`` are the model's, a first window's as far as
+        the later ones have as much.
 
         Raises:
-            ConfigError: a value that is no count, or a first chunk larger than the later ones.
+            ConfigError: a value that is no count, or a first window with more than the later ones.
         """
         values = {**defaults, **{key: extra[key] for key in KEYS if key in extra}}
         for key, value in values.items():
@@ -42,19 +45,31 @@ class ChunkSchedule:
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ConfigError(f"connector extra: {key}={value!r}: a count from {lowest} is needed", field=key)
         schedule = cls(**values)
-        if schedule.initial_codec_chunk_frames > schedule.codec_chunk_frames:
-            raise ConfigError(
-                f"connector extra: initial_codec_chunk_frames={schedule.initial_codec_chunk_frames} is more than "
-                f"codec_chunk_frames={schedule.codec_chunk_frames}",
-                field="initial_codec_chunk_frames",
-            )
+        for first, later in _ORDERED:
+            initial, most = getattr(schedule, first), getattr(schedule, later)
+            if initial is None or initial <= most:
+                continue
+            if first in extra:
+                raise ConfigError(f"connector extra: {first}={initial} is more than {later}={most}", field=first)
+            schedule = replace(schedule, **{first: most})
         return schedule
 
+    def ahead(self, number: int) -> int:
+        """Frames after the new ones that window ``number`` waits for."""
+        first = self.initial_codec_right_context_frames
+        return self.codec_right_context_frames if number or first is None else first
+
     def size(self, number: int) -> int:
-        """New frames that window ``number`` waits for."""
-        return min(self.codec_chunk_frames, self.initial_codec_chunk_frames << min(number, 30))
+        """New frames that window ``number`` waits for; a second window that waits for more frames after them than the
+        first needs so many fewer, so that it does not come later for it."""
+        size = min(self.codec_chunk_frames, self.initial_codec_chunk_frames << min(number, 30))
+        return max(1, size - (self.ahead(1) - self.ahead(0))) if number == 1 else size
 
 
+_ORDERED = (
+    ("initial_codec_chunk_frames", "codec_chunk_frames"),
+    ("initial_codec_right_context_frames", "codec_right_context_frames"),
+)
 KEYS = tuple(f.name for f in fields(ChunkSchedule))
 """Keys of a connector's ``extra`` that are read here and not by the connector."""
 
@@ -88,13 +103,20 @@ class FrameStream(Generic[Frame]):
             new: frames that follow those before.
             schedule: sizes.
             last: whether the stream ends here.
-            align: windows start at multiples of this, for vocoders that see frames in blocks.
+            align: windows start at multiples of this, for vocoders that see frames in blocks. The first window waits
+                for whole blocks; the new frames of those between it and the last end at a multiple too, where that
+                takes no more than ``codec_chunk_frames``.
         """
         self.frames.extend(new)
-        lookahead = 0 if last else schedule.codec_right_context_frames
+        wait = 1 if last else schedule.size(self.windows)
+        lookahead = 0 if last else schedule.ahead(self.windows)
+        if not (self.windows or last):
+            lookahead += -(wait + lookahead) % align
         end = len(self.frames) - lookahead
+        if self.windows and not last and end - self.done < schedule.codec_chunk_frames:
+            end = end // align * align
         fresh = end - self.done
-        if fresh < (1 if last else schedule.size(self.windows)):
+        if fresh < wait:
             return None
         start = max(0, self.done - schedule.codec_left_context_frames) // align * align
         window = Window(self.frames[start : end + lookahead], start, self.done - start, fresh)

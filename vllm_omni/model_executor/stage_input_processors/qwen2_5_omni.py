@@ -22,7 +22,8 @@ HIDDEN_LAYERS = (0, -1)
 FLOW_SETTINGS = ("num_steps", "guidance_scale", "sway_coefficient")
 """Keys of the token2wav stage's ``extra_args``."""
 DEFAULT_CHUNKS = {
-    "initial_codec_chunk_frames": 24,
+    "initial_codec_chunk_frames": 8,
+    "initial_codec_right_context_frames": 16,
     "codec_chunk_frames": 96,
     "codec_left_context_frames": 48,
     "codec_right_context_frames": 24,

@@ -39,12 +39,12 @@ _PREFIX = "token2wav."
 _FLOW_FRAMES = 32768
 """Mel frames in one batch of the flow, to bound its memory; one request may have more."""
 _VOCODER_FRAMES = 8192
-GRAPHED_BLOCKS = (2, 4, 6, 8, 11, 14, 20, 28, 42, 56, 84, 112)
-"""Blocks of 12 codes for which the flow is captured: windows of one stream (2, 4, 8, 14, then always 14; the last has
-up to 14) to eight steady ones."""
-GRAPHED_CODES = (24, 48, 72, 96, 120, 144)
-"""Codes for which the vocoder is captured: what windows of one stream decode (24, 48, 96, then always 144), and sizes
-that a last window finds one of."""
+GRAPHED_BLOCKS = (2, 4, 7, 10, 12, 14, 20, 28, 42, 56, 84, 112)
+"""Blocks of 12 codes for which the flow is captured: windows of one stream (2, 4, 7, 12, then always 14; the last has
+up to 15) to eight steady ones."""
+GRAPHED_CODES = (24, 48, 64, 84, 112, 138, 164)
+"""Codes for which the vocoder is captured: what windows of one stream decode (24, 44, 76, 112, then always 136), and
+sizes of which a last window finds one, since it has 28 codes more than the vocoder sees."""
 TRIED_CODES = (24,)
 """Those of the first window, where the vocoder's convolutions try their algorithms."""
 _KEPT_SEEDS = 8
