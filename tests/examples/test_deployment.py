@@ -107,6 +107,28 @@ def test_the_image_has_what_it_needs() -> None:
     options(shlex.split(run.partition(" vllm-omni ")[2]))
 
 
+def test_kubernetes_runs_the_image() -> None:
+    """The manifest and the page agree with the server's flags, its paths and the image's user."""
+    deployment, service = yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    (one,) = pod["containers"]
+    parsed = options(one["args"])
+    assert pod["terminationGracePeriodSeconds"] > float(str(parsed["drain_timeout"]))
+    assert str(pod["securityContext"]["runAsUser"]) == container()["USER"]
+    (port,) = one["ports"]
+    assert str(port["containerPort"]) == container()["EXPOSE"]
+    probes = {name: one[name]["httpGet"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
+    assert {name: get["path"] for name, get in probes.items()} == {
+        "startupProbe": "/ready",
+        "livenessProbe": "/health",
+        "readinessProbe": "/ready",
+    }
+    names = {port["name"]}
+    assert {get["port"] for get in probes.values()} | {item["targetPort"] for item in service["spec"]["ports"]} == names
+    assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
+    assert {mount["name"] for mount in one["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
 def test_the_copied_files_make_the_package(tmp_path: Path) -> None:
     """setuptools finds every package and its data with nothing but what the image copies."""
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -20,6 +20,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Programs beside ours that a command of the documentation may start.
 OTHER_PROGRAMS = {
     "git",
+    "kubectl",
     "cd",
     "pip",
     "pytest",

@@ -13,6 +13,7 @@ import pytest
 import soundfile
 
 from tests.entrypoints.openai.server import Server, error_of
+from vllm_omni.entrypoints.openai.speech import INSTRUCTIONS
 
 PATH = "/v1/audio/speech"
 ASK: dict[str, Any] = {"input": "hello there", "model": "omni", "seed": 3}
@@ -82,6 +83,40 @@ def test_events(omni_server: Server, whole: Any) -> None:
     assert [event["type"] for event in events] == ["speech.audio.delta"] * 2 + ["speech.audio.done"]
     data = b"".join(base64.b64decode(event["audio"]) for event in events[:-1])
     assert events[-1]["bytes"] == len(data) == 2 * len(whole)
+    usage = events[-1]["usage"]
+    asked = f"{INSTRUCTIONS}\n\n{ASK['input']}"
+    turn = {"messages": [{"role": "user", "content": asked}], "max_tokens": 1}
+    told = omni_server.post("/v1/chat/completions", turn).json()["usage"]
+    assert usage == {"input_tokens": told["prompt_tokens"], "output_tokens": None, "total_tokens": None}
+
+
+@pytest.mark.parametrize("form", ["wav", "pcm", "flac", "mp3", "opus", "sse"])
+def test_streaming_responses_of_the_client(omni_server: Server, whole: Any, form: Any) -> None:
+    """What the client reads piece by piece is the file; as events, as files that come as they are made, or at once."""
+    ways: list[dict[str, Any]] = [{"response_format": form}]
+    if form in ("wav", "pcm"):
+        ways.append({"response_format": form, "stream_format": "audio"})
+    if form == "sse":
+        ways = [{"response_format": "pcm", "stream_format": "sse"}]
+    for way in ways:
+        with omni_server.openai.audio.speech.with_streaming_response.create(
+            input="hello there", model="omni", voice="Ethan", extra_body={"seed": 3}, **way
+        ) as answer:
+            assert answer.request_id
+            data = b"".join(answer.iter_bytes(1000))
+        if form == "sse":
+            events = [json.loads(line[6:]) for line in data.decode().splitlines() if line.startswith("data: ")]
+            data = b"".join(base64.b64decode(event["audio"]) for event in events if "audio" in event)
+        if form in ("pcm", "sse"):
+            samples = np.frombuffer(data, "<i2")
+        elif len(way) == 2:
+            samples = np.frombuffer(data[44:], "<i2")
+        else:
+            samples, _ = soundfile.read(io.BytesIO(data), dtype="int16")
+        if form in ("mp3", "opus"):
+            assert len(samples) == pytest.approx(len(whole), abs=2500)
+        else:
+            assert close(samples, whole)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ async def _events(
         async for piece in pieces:
             count += len(piece)
             yield sse({"type": "speech.audio.delta", "audio": base64.b64encode(piece).decode()}, "speech.audio.delta")
-    usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    read = len(run[0]["engine_input"]["prompt_token_ids"])
+    usage = {"input_tokens": read, "output_tokens": None, "total_tokens": None}  # sound is not counted in tokens
     done = {"type": "speech.audio.done", "bytes": count, "usage": usage}
     yield sse({**done, "metrics": metrics} if body.return_stage_metrics else done, "speech.audio.done")
