@@ -27,6 +27,8 @@ class Family:
     """KV cache of thinker and talker."""
     frames_per_second: float
     """Codec frames a second of speech."""
+    warm_frames: int
+    """Frames of speech after which a stream has had windows of all sizes."""
 
 
 FAMILIES = {
@@ -34,11 +36,13 @@ FAMILIES = {
         {1: "qwen2_5_omni.yaml", 2: "qwen2_5_omni_2gpu.yaml", 3: "qwen2_5_omni_3gpu.yaml"},
         (12, 12),
         50,
+        260,
     ),
     "qwen3": Family(
         {1: "qwen3_omni_moe.yaml", 2: "qwen3_omni_moe_2gpu.yaml", 3: "qwen3_omni_moe_3gpu.yaml"},
         (14, 6),
         12.5,
+        86,
     ),
 }
 MAX_LEN = 8192
@@ -86,7 +90,7 @@ def thinker_args(name: str, tiny: bool, kv_gib: float | None = None) -> dict[str
         "kv_cache_memory_bytes": int((kv_gib or FAMILIES[name].kv_gib[0]) * GIB),
         "gpu_memory_utilization": 0.1,  # vLLM wants that much to be free; the KV cache has its own size
         "skip_mm_profiling": True,
-        "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 64, 128, 256]},
+        "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 64, 128, 256, 512, 1024]},
         "kernel_config": {"enable_jit_warmup": False},  # the first request of each kind warms up
     }
 
