@@ -103,8 +103,9 @@ class Emission:
             rows = _hidden(row, held, {name: parts[number] for name, parts in pieces.items()})
             if rows:
                 found[row.place] = rows
+        outputs = self._step_outputs()
         for number, row in enumerate(self.steps):
-            out = self._step_output(row.place if self.whole else number)
+            out = outputs[row.place if self.whole else number] if outputs else {}
             if out:
                 found.setdefault(row.place, {}).update(out, step=row.step_idx)
         return [self.sender.pack(found[index]) if index in found else None for index in range(self.batch_size)]
@@ -115,10 +116,12 @@ class Emission:
             if row.state.error is not None and not row.partial:
                 output[row.place] = self.sender.pack({"error": row.state.error.to_wire()})
 
-    def _step_output(self, number: int) -> dict[str, Any]:
-        if isinstance(self.outputs, Mapping):
-            return {name: value[number] for name, value in self.outputs.items()}
-        return dict(self.outputs[number]) if number < len(self.outputs) else {}
+    def _step_outputs(self) -> Sequence[Mapping[str, Any]]:
+        """What each request sends, or nothing at all."""
+        if not isinstance(self.outputs, Mapping):
+            return self.outputs
+        columns = [value.contiguous().unbind() for value in self.outputs.values()]
+        return [dict(zip(self.outputs, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _hidden(row: Row, held: HeldRows, layers: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -112,7 +112,8 @@ class GPUARModelRunner(OmniGPUModelRunner):
         return deferred
 
     def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        self._step_rows = self._rows() if self._works else []
+        # Where nothing is embedded they can wait until the GPU has work.
+        self._step_rows = self._rows() if self._embedder is not None else []
         decode = self._decode_rows()
         prepared = super()._preprocess(scheduler_output, *args, **kwargs)
         input_ids, inputs_embeds = prepared[0], prepared[1]
@@ -205,7 +206,8 @@ class GPUARModelRunner(OmniGPUModelRunner):
             return super().sample_tokens(grammar_output)
         if not self._works:
             return self._sample_all(grammar_output)
-        rows, self._step_hidden = self._step_rows, step.sample_hidden_states
+        self._step_rows = rows = self._step_rows or self._rows()
+        self._step_hidden = step.sample_hidden_states
         output = self._sample_all(grammar_output)
         chosen, layers = self._hidden_rows(rows, step)
         held = [self._held.setdefault(row.state.request_id, HeldRows()) for row in chosen]
@@ -217,7 +219,7 @@ class GPUARModelRunner(OmniGPUModelRunner):
             emission.steps = sampling
             emission.outputs = self._step(self._stepper, sampling, len(rows), step.sample_hidden_states)
         self._sampled = self._embeddings = self._step_hidden = None
-        self._step_outputs = ()
+        self._step_outputs, self._step_rows = (), []
         if not self.omni_sends:
             return output
         failed = [row for row in rows if row.state.error is not None and not row.partial]

@@ -81,6 +81,18 @@ def test_a_request_that_comes_back_goes_on() -> None:
     assert tokens.made(1, 3) == [4, 5, 6]
 
 
+def test_numbers_are_exact_in_a_model_of_half_precision() -> None:
+    """vLLM builds a model with torch's default type set to the model's."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        tokens = TokenSampler(2, 3000, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    tokens.arrange([Rules(1, 0.9, 2999, 0.95, 1.05)])
+    want = torch.tensor([1, 0.9, 2999, 0.95, 1.05])
+    assert torch.equal(tokens._rules[0], want)
+
+
 @torch.inference_mode()
 def test_stops_are_barred_before_the_minimum() -> None:
     logits = torch.zeros(2, VOCABULARY)

@@ -56,7 +56,7 @@ class TokenSampler:
         self.drawing = False
         """Whether a row of the batch is not greedy."""
         self._nobody = np.array([rows, 0.0, vocabulary, 1.0, 1.0], dtype=np.float32)
-        self._rules = torch.tensor(np.tile(self._nobody, (rows, 1)).tolist())
+        self._rules = torch.tensor(np.tile(self._nobody, (rows, 1)).tolist(), dtype=torch.float32)
         self._seen = torch.zeros(rows + 1, vocabulary, dtype=torch.bool)
         self._stops = torch.zeros(rows + 1, vocabulary, dtype=torch.bool)
         self._made = torch.zeros(rows + 1, dtype=torch.int64)

@@ -88,10 +88,10 @@ class FrameMaker:
         if tokens.able:
             drawn = tokens.sample(self._logits(hidden), self._noise[:batch, : tokens.vocabulary])
             first = torch.where(first == SAMPLE, drawn, first)
+            tokens.keep(first)
             row = self._embed(first)
         else:
             row = self._first_row[:batch]
-        tokens.keep(first)
         residual, total = self._predictor(hidden, row, tokens.greedy(batch), self._residual_noise(batch))
         return torch.cat([first[None], residual.T]).int(), total + row
 
