@@ -120,19 +120,22 @@ async def hops(engine: AsyncOmni, chunks: int, repeats: int) -> dict[str, Any]:
             arrived = output.multimodal_output["additional_information"]["times"]
             took += [(b - a) * 1e6 for a, b in itertools.pairwise(arrived)]
         ours.append(took)
-        floor.append([seconds * 1e6 for seconds in await relayed(chunks, PACE)])
+        floor.append([seconds * 1e6 for seconds in await relayed(len(took), PACE)])
     out, least = microseconds(ours[1:]), microseconds(floor[1:])
-    return {**out, "bare_sockets": least, "p50_over_bare_sockets_us": out["p50_us"] - least["p50_us"]}
+    over = {f"{name}_over_bare_sockets_us": out[f"{name}_us"] - least[f"{name}_us"] for name in QUANTILES}
+    return {**out, "bare_sockets": least, **over}
+
+
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 def microseconds(rounds: list[list[float]]) -> dict[str, float]:
     """Best and median round."""
-    return {
-        "p50_us": min(quantile(values, 0.5) for values in rounds),
-        "p99_us": min(quantile(values, 0.99) for values in rounds),
-        "p50_us_median_round": statistics.median(quantile(values, 0.5) for values in rounds),
-        "p99_us_median_round": statistics.median(quantile(values, 0.99) for values in rounds),
-    }
+    out = {}
+    for name, share in QUANTILES.items():
+        of_rounds = [quantile(values, share) for values in rounds]
+        out |= {f"{name}_us": min(of_rounds), f"{name}_us_median_round": statistics.median(of_rounds)}
+    return out
 
 
 def cpu_seconds() -> float:

@@ -10,6 +10,8 @@ import time
 
 MESSAGE = 4096
 """Bytes of a chunk."""
+WARM_UP = 20
+"""Chunks that do not count: the processes are fresh, and copy their memory as they touch it."""
 _TIMES = struct.Struct("<dd")
 
 
@@ -67,14 +69,14 @@ async def relayed(count: int, pace: float) -> list[float]:
     answers, told = socket.socketpair()
     children = [
         _child(lambda: _target(target, told), target, told),
-        _child(lambda: _source(source, count, pace), source),
+        _child(lambda: _source(source, WARM_UP + count, pace), source),
     ]
     loop = asyncio.get_running_loop()
     out, _ = await loop.create_connection(asyncio.Protocol, sock=there)
     back, _ = await loop.create_connection(lambda: _Relay(out), sock=here)
     reader, writer = await asyncio.open_connection(sock=answers)
     seconds = []
-    for _ in range(count):
+    for _ in range(WARM_UP + count):
         sent, came = _TIMES.unpack(await reader.readexactly(_TIMES.size))
         seconds.append(came - sent)
     for transport in (out, back, writer):
@@ -83,4 +85,4 @@ async def relayed(count: int, pace: float) -> list[float]:
     os.kill(children[0], 9)  # it still holds the other ends
     for pid in children:
         os.waitpid(pid, 0)
-    return seconds
+    return seconds[WARM_UP:]

@@ -79,7 +79,8 @@ class _Writer:
         self._memory = memory
         self._at = slot * _SIZE
         self._progress = 0
-        _WORD.pack_into(memory, self._at + 16, os.getpid())
+        self._pid = os.getpid()
+        _WORD.pack_into(memory, self._at + 16, self._pid)
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 
     def _beat(self) -> None:
@@ -94,10 +95,11 @@ class _Writer:
         _WORD.pack_into(self._memory, self._at + 8, self._progress)
 
     def state(self, busy: bool, queued: int, running: int) -> None:
-        _SLOT_STATE.pack_into(self._memory, self._at + 24, busy, queued, running)
+        self._progress += busy
+        _SLOT_STATE.pack_into(self._memory, self._at + 8, self._progress, self._pid, busy, queued, running)
 
 
-_SLOT_STATE = struct.Struct("<QQQ")
+_SLOT_STATE = struct.Struct("<QQQQQ")
 _writer: _Writer | None = None
 """A process has one pulse; None where nobody listens (tests, a driver)."""
 
@@ -130,7 +132,6 @@ def busy(queued: int, running: int) -> None:
     """This process works from now on; so many requests wait in it, and so many are at work."""
     if _writer is not None:
         _writer.state(True, queued, running)
-        _writer.advance()
 
 
 def idle(queued: int, running: int) -> None:

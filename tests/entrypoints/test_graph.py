@@ -113,6 +113,20 @@ async def test_chunks_stream_in_order_through_three_stages(start: Start) -> None
     assert all(trace(o) == [0, 1, 2] for o in outputs)
 
 
+async def test_every_chunk_has_its_request_s_parameters(start: Start) -> None:
+    """They travel to a stage once, with the request's first chunk."""
+    from vllm_omni.inputs.data import OmniDiffusionSamplingParams as Params
+
+    engine = start(chain(2, engine={"report": True}), {"async_chunk": True})
+    asked = [
+        collect(engine, ask("s", chunks=3), sampling_params=[Params(seed=seed), Params(seed=seed + 1)])
+        for seed in (10, 20)
+    ]
+    for outputs, seed in zip(await asyncio.gather(*asked), (11, 21), strict=True):
+        seen = [output.multimodal_output["seen"] for output in outputs]
+        assert [(one["chunk"], one["params"].seed) for one in seen] == [(0, seed), (1, seed), (2, seed)]
+
+
 async def test_streams_of_many_requests_do_not_mix(start: Start) -> None:
     engine = start(chain(2), {"async_chunk": 1})
     results = await asyncio.gather(*(collect(engine, ask(f"r{i}", chunks=5)) for i in range(20)))

@@ -69,8 +69,7 @@ class StagePreview:
     """Width and height of the pictures themselves."""
 
 
-@dataclass(frozen=True)
-class StageChunk:
+class StageChunk(msgspec.Struct, frozen=True):
     """Output of a request. ``finished`` marks its last one."""
 
     request_id: str

@@ -92,16 +92,20 @@ class _Stage:
 
     def serve(self) -> None:
         """Run until the driver says ``Shutdown``, closes the stream, or SIGTERM comes."""
+        working = self.engine.has_work()
         while self.running:
-            idle = not self.engine.has_work()
-            if idle:
+            if working:
+                self._take(0.0)
+            else:
                 pulse.idle(*self._load())
-            self._take(None if idle else 0.0)
-            pulse.busy(*self._load())
-            if idle and self.running and self.start.batch_wait > 0 and self.engine.has_work():
-                self._gather()
-            if self.running and self.engine.has_work():
+                self._take(None)
+                if self.start.batch_wait > 0 and self.engine.has_work():
+                    self._gather()
+            working = self.running and self.engine.has_work()
+            if working:
+                pulse.busy(*self._load())
                 self._step()
+                working = self.engine.has_work()
 
     def _load(self) -> tuple[int, int]:
         return self.engine.load() or (0, len(self._open))
@@ -165,16 +169,16 @@ class _Stage:
             self.channel.send(*frames)
 
     def _frame(self, event: StageEvent) -> bytes:
-        if isinstance(event, StageProgress):
-            return m.frame(m.Progress(event.request_id, event.step, event.total))
-        if isinstance(event, StagePreview):
-            packed = self.codec.pack(event.images, self._driver)
-            return m.frame(m.Preview(event.request_id, event.step, event.total, event.size, packed.tree), packed)
         if isinstance(event, StageChunk):
             try:
                 return self._output(event)
             except OmniError as error:
                 return self._failure(event.request_id, StageError(f"output {error.message}"))
+        if isinstance(event, StageProgress):
+            return m.frame(m.Progress(event.request_id, event.step, event.total))
+        if isinstance(event, StagePreview):
+            packed = self.codec.pack(event.images, self._driver)
+            return m.frame(m.Preview(event.request_id, event.step, event.total, event.size, packed.tree), packed)
         return self._failure(event.request_id, event.error)
 
     def _output(self, event: StageChunk) -> bytes:

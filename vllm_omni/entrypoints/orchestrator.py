@@ -38,7 +38,6 @@ class _Inbox:
     pending: dict[int, list[dict[str, Any]]]
     open_sources: set[int]
     calls: int = 0
-    sent: int = 0
     carry: dict[str, Any] = field(default_factory=dict)
 
 
@@ -54,6 +53,7 @@ class _Visit:
     admitted: bool = False
     backlog: list[tuple[Any, bool]] = field(default_factory=list)
     finished: bool = False
+    sent: int = 0
     times: dict[str, float] = field(default_factory=dict)
     bytes_in: int = 0
     bytes_out: int = 0
@@ -217,9 +217,10 @@ class Orchestrator:
                 self._admit(flow, stage_id, visit)
             else:
                 self._waiting[stage_id].append(flow)
-        visit.backlog.append((prompt, last))
         if visit.admitted:
-            self._flush(flow, stage_id, visit)
+            self._submit(flow, stage_id, visit, prompt, last)
+        else:
+            visit.backlog.append((prompt, last))
 
     def _admit(self, flow: _Flow, stage_id: int, visit: _Visit) -> None:
         self._inflight[stage_id] += 1
@@ -230,20 +231,21 @@ class Orchestrator:
             visit.trace.admitted = now
 
     def _flush(self, flow: _Flow, stage_id: int, visit: _Visit) -> None:
-        at = None if flow.request.deadline is None else flow.request.deadline.at
-        inbox = flow.inboxes.get(stage_id)
         backlog, visit.backlog = visit.backlog, []
-        params = flow.request.sampling_params[stage_id]
-        read = bool(visit.targets)
-        headers = None if visit.trace is None else visit.trace.headers
         for prompt, last in backlog:
-            chunk = 0 if inbox is None else inbox.sent
-            nbytes = self._clients[stage_id].submit(flow.key, prompt, params, at, chunk, last, read, headers)
-            visit.bytes_in += nbytes
-            if visit.trace is not None:
-                visit.trace.sent(nbytes)
-            if inbox is not None:
-                inbox.sent += 1
+            self._submit(flow, stage_id, visit, prompt, last)
+
+    def _submit(self, flow: _Flow, stage_id: int, visit: _Visit, prompt: Any, last: bool) -> None:
+        at = None if flow.request.deadline is None else flow.request.deadline.at
+        params = flow.request.sampling_params[stage_id]
+        trace = visit.trace
+        headers = None if trace is None else trace.headers
+        read = bool(visit.targets)
+        nbytes = self._clients[stage_id].submit(flow.key, prompt, params, at, visit.sent, last, read, headers)
+        visit.sent += 1
+        visit.bytes_in += nbytes
+        if trace is not None:
+            trace.sent(nbytes)
 
     def _leave(self, flow: _Flow, stage_id: int, visit: _Visit) -> None:
         """A request is done with a stage; the next one that waits may enter."""
@@ -339,13 +341,10 @@ class Orchestrator:
         inbox.pending[source].append(output.data)
         if output.finished:
             inbox.open_sources.discard(source)
-        last = not inbox.open_sources
-        enough = all(
-            origin not in inbox.open_sources or 0 < node.windows[origin] <= len(chunks)
-            for origin, chunks in inbox.pending.items()
-        )
-        if last or enough:
-            self._guarded(flow, target, self._cross, flow, node, inbox, last)
+        for origin in inbox.open_sources:
+            if not 0 < node.windows[origin] <= len(inbox.pending[origin]):
+                return
+        self._guarded(flow, target, self._cross, flow, node, inbox, not inbox.open_sources)
 
     def _cross(self, flow: _Flow, node: StageNode, inbox: _Inbox, last: bool) -> None:
         outputs, inbox.pending = inbox.pending, {source: [] for source in inbox.pending}

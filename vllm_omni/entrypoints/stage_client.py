@@ -51,12 +51,14 @@ class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         if self._sock is not None:
             self._sock.close()  # of an event loop that was closed since
+        self._transport = None
         self._sock = self._handle.sock.dup()
         self._sock.setblocking(False)
         await self._loop.create_unix_connection(lambda: self, sock=self._sock)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self.flush()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
@@ -145,9 +147,11 @@ class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
         self._unsent.append(frame)
 
     def flush(self) -> None:
-        parts, self._unsent = self._unsent, []
         transport = self._transport
-        if not parts or transport is None or transport.is_closing():
+        if not self._unsent or transport is None:
+            return
+        parts, self._unsent = self._unsent, []
+        if transport.is_closing():
             return
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         if transport.get_write_buffer_size() == 0:

@@ -90,11 +90,11 @@ class Codec:
         Raises:
             RequestError: as ``encode``.
         """
-        packed = Packed(self, holder, [] if refs is None else refs)
+        packed = Packed(self, obj, holder, [] if refs is None else refs)
         try:
             packed.tree = packed.walk(obj)
         except _FAULTS as error:
-            raise packed.refused(error, obj) from error
+            raise packed.refused(error) from error
         return packed
 
     def unpack(self, tree: Buffer | msgspec.Raw, buffers: memoryview, lazy: bool = False) -> Any:
@@ -142,14 +142,15 @@ class Packed:
         shared: bytes in shared memory that it refers to.
     """
 
-    __slots__ = ("_offset", "_refs", "buffers", "codec", "holder", "shared", "tree")
+    __slots__ = ("_obj", "_offset", "_refs", "buffers", "codec", "holder", "shared", "tree")
 
-    def __init__(self, codec: Codec, holder: int, refs: list[Ref]) -> None:
+    def __init__(self, codec: Codec, obj: Any, holder: int, refs: list[Ref]) -> None:
         self.codec = codec
         self.holder = holder
         self.buffers: list[Buffer] = []
         self.shared = 0
         self.tree: Any = None
+        self._obj = obj
         self._offset = 0
         self._refs = refs
 
@@ -162,10 +163,10 @@ class Packed:
         try:
             return _ENCODER.encode(message)
         except _FAULTS as error:
-            raise self.refused(error, self.tree) from error
+            raise self.refused(error) from error
 
-    def refused(self, error: Exception, obj: Any) -> RequestError:
-        """What ``error``, from packing or encoding ``obj``, means; gives back what was put into shared memory."""
+    def refused(self, error: Exception) -> RequestError:
+        """What ``error``, from packing or encoding, means; gives back what was put into shared memory."""
         for ref in self._refs:
             assert self.codec.arena is not None
             self.codec.arena.release(ref)
@@ -174,7 +175,7 @@ class Packed:
             return RequestError(f"{path}: {error}", field=path, value=repr(error.value)[:200])
         if isinstance(error, RecursionError):
             return RequestError("value: nested too deep, or contains itself", field="value")
-        path = _locate(obj)
+        path = _locate(self._obj)
         return RequestError(f"{path}: cannot travel between processes: {error}", field=path)
 
     def walk(self, obj: Any) -> Any:
