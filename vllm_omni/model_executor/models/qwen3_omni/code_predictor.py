@@ -131,6 +131,7 @@ class CodePredictor(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``forward`` on kernels."""
         from vllm_omni.model_executor.layers import dense_kernels as kernels
+        from vllm_omni.model_executor.layers.product_kernels import product
 
         (batch, size), device, length = hidden_BC.shape, hidden_BC.device, self.residuals + 1
         rope = rope_table(length, self.spec, device, torch.float32)
@@ -144,7 +145,7 @@ class CodePredictor(nn.Module):
             for number, layer in enumerate(self.model.layers):
                 x = kernels.run_layer(layer, x, rope, past[number], start, new)
             last = x.view(batch, new, size)[:, -1]
-            logits = kernels.product(last, self.lm_head[group].weight, norm=self.model.norm.weight, eps=eps)
+            logits = product(last, self.lm_head[group].weight, norm=self.model.norm.weight, eps=eps)
             table = self.model.codec_embedding[group].weight
             x = kernels.choose(logits, greedy_B, noise_BNV, group, table, codes, total, TOP_K, TOP_P)
             start += new
