@@ -182,3 +182,31 @@ def test_only_codes_and_ends_can_be_sampled(stage: Stage, config: Any) -> None:
     seen = {code for seed in range(8) for code in stage.results[f"hot-{seed}"].tokens}
     assert all(code <= 8193 or code in ENDS for code in seen)
     assert len(seen) > 300
+
+
+def test_the_same_codes_as_with_vllms_sampler(stage: Stage, config: Any) -> None:
+    """Alone with the model's sampling, with vLLM's (asked for by a bias of nothing), and changing sides in between."""
+    choosing = stage.runner._choosing
+    prompts = [prompts_of(config, thinker_outputs(config, seed, 20 + seed, 12), None)[0] for seed in (1, 2, 3)]
+    biased = GREEDY.clone()
+    biased.logit_bias = {0: 0.0}
+
+    def codes(name: str, params: SamplingParams, late: bool = False) -> list[list[int]]:
+        results = [stage.add(f"{name}{i}", prompt, params) for i, prompt in enumerate(prompts)]
+        own = set()
+        while stage.scheduler.has_requests():
+            stage.step()
+            own |= {choosing.own} if choosing._rows else set()
+            if late and len(results[0].tokens) == 9:
+                late = False
+                short = biased.clone()
+                short.max_tokens = 4
+                stage.add(f"{name} late", prompts[0], short)
+        sides[name] = own
+        return [result.tokens for result in results]
+
+    sides: dict[str, set[bool]] = {}
+    want = codes("theirs", biased)
+    assert codes("ours", GREEDY) == want
+    assert codes("mixed", GREEDY, late=True) == want
+    assert sides == {"theirs": {False}, "ours": {True}, "mixed": {True, False}}

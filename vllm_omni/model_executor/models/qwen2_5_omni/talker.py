@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen2_5OmniConfig
 from vllm.config import CacheConfig, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import QuantizationConfig
@@ -35,7 +36,10 @@ from vllm.model_executor.models.qwen2 import Qwen2MLP, Qwen2Model
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
 from vllm_omni.errors import RequestError
-from vllm_omni.model_executor.models.interfaces import OmniRequestState, check_tensor
+from vllm_omni.model_executor.layers.graphed import batch_sizes
+from vllm_omni.model_executor.layers.sampling import TokenSampler
+from vllm_omni.model_executor.models.interfaces import OmniRequestState, StepOutputs, check_tensor
+from vllm_omni.model_executor.models.qwen2_5_omni.code_step import CodeStep
 from vllm_omni.model_executor.models.qwen2_5_omni.voices import load_voices
 
 _MEDIA = ("audio_token_index", "image_token_index", "video_token_index")
@@ -139,6 +143,14 @@ class Qwen2_5OmniTalkerStage(nn.Module):
         """Projected embeddings of ``_markers``: each voice's opening token, text end, text pad."""
         whole = Qwen2_5OmniConfig.from_pretrained(model.model, revision=model.revision)
         self.register_buffer("suppressed", _suppressed(config, whole.token2wav_config), persistent=False)
+        rows = vllm_config.scheduler_config.max_num_seqs
+        # Several GPUs have a part of the codec head each: vLLM puts the logits together and samples.
+        alone = get_tensor_model_parallel_world_size() == 1
+        self._tokens = TokenSampler(rows, config.vocab_size, model.max_model_len, able=alone)
+        self._code_step = CodeStep(
+            self._tokens, self.embed_input_ids, self._logits, width=config.hidden_size, dtype=model.dtype
+        )
+        self._eager: bool = model.enforce_eager
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -156,9 +168,13 @@ class Qwen2_5OmniTalkerStage(nn.Module):
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits [n, vocabulary]; None in steps whose codes ``omni_sample`` samples."""
+        return None if self._tokens.own else self._logits(hidden_states)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits without the ids that are no code and no end."""
-        logits = self.logits_processor(self.codec_head, hidden_states)
-        return None if logits is None else logits.masked_fill_(self.suppressed, float("-inf"))
+        logits: torch.Tensor = self.logits_processor(self.codec_head, hidden)
+        return logits.masked_fill_(self.suppressed, float("-inf"))
 
     def omni_mrope_positions(self, state: OmniRequestState) -> tuple[torch.Tensor, int]:
         """The thinker's positions, and two text positions after them."""
@@ -176,7 +192,6 @@ class Qwen2_5OmniTalkerStage(nn.Module):
         """Prompt rows as laid out above; the thinker's part is added to the codes of decode steps."""
         if "prompt" not in state.model:
             state.model["prompt"], state.model["reply"] = self._prompt_rows(state)
-            state.model["codes"] = {}
         self._read_chunks([state])
         cut = max(0, min(state.prompt_len - pos, len(rows)))
         rows[:cut] = state.model["prompt"][pos : pos + cut].to(rows.dtype)
@@ -187,17 +202,50 @@ class Qwen2_5OmniTalkerStage(nn.Module):
     def omni_embed_decode(self, states: Sequence[OmniRequestState], step_idx: Sequence[int]) -> torch.Tensor:
         """Rows [B, hidden] of single decode steps."""
         self._read_chunks(states)
-        codes = torch.stack([s.model["codes"][i] for s, i in zip(states, step_idx, strict=True)])
-        reply = torch.stack([self._reply_row(s, i) for s, i in zip(states, step_idx, strict=True)])
-        return self.embed_input_ids(codes) + reply
+        codes = self._code_rows(states, step_idx)
+        if all(step > len(state.model["reply"]) for state, step in zip(states, step_idx, strict=True)):
+            return codes + self.marker_rows[-1]
+        return codes + torch.stack([self._reply_row(s, i) for s, i in zip(states, step_idx, strict=True)])
 
-    def omni_step(
-        self, states: Sequence[OmniRequestState], step_idx: Sequence[int], sampled: torch.Tensor, hidden: torch.Tensor
-    ) -> list[dict[str, Any]]:
-        """Keep the code that the next step starts from. Nothing is sent: the codes are the stage's tokens."""
-        for state, step, code in zip(states, step_idx, sampled.unbind(), strict=True):
-            state.model["codes"][step] = code
-        return []
+    def omni_sampler(self) -> TokenSampler:
+        """Of the codes."""
+        return self._tokens
+
+    def omni_sample(
+        self,
+        states: Sequence[OmniRequestState | None],
+        step_idx: Sequence[int],
+        hidden: torch.Tensor,
+        given: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, StepOutputs]:
+        """The next codes, and what the next step starts from. Nothing is sent: the codes are the stage's tokens."""
+        codes, rows = self._code_step(hidden, given)
+        for row, (state, step) in enumerate(zip(states, step_idx, strict=True)):
+            if state is not None:
+                state.model.setdefault("codes", {})[step] = codes, row
+                state.model["code_row"] = step, rows, row
+        return codes[:, None], {}
+
+    def omni_warm_up(self, max_num_seqs: int) -> None:
+        """Capture the choice of a code: sampling is two dozen launches otherwise."""
+        if self.suppressed.device.type == "cuda" and self._tokens.able and not self._eager:
+            self._code_step.capture(batch_sizes(max_num_seqs))
+
+    def _code_rows(self, states: Sequence[OmniRequestState], step_idx: Sequence[int]) -> torch.Tensor:
+        """Rows [B, hidden] of the codes of these steps."""
+        made = [self._code_row(state, step) for state, step in zip(states, step_idx, strict=True)]
+        batch, _ = made[0]
+        if [row for _, row in made] == list(range(len(batch))) and all(other is batch for other, _ in made):
+            return batch  # the last step's batch goes on as it was
+        return torch.stack([other[row] for other, row in made])
+
+    def _code_row(self, state: OmniRequestState, step: int) -> tuple[torch.Tensor, int]:
+        """A batch of code rows, and which of them is this step's."""
+        last, batch, row = state.model["code_row"]
+        if last != step:  # computed again
+            codes, row = state.model["codes"][step]
+            return self.embed_input_ids(codes[row : row + 1].long()), 0
+        return batch, row
 
     def _project(self, hidden: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         weight = self.thinker_to_talker_proj.weight
