@@ -187,8 +187,10 @@ class StageSet:
 
     def close(self) -> None:
         """Shut every stage down."""
+        gc.freeze()  # each part of vLLM that ends collects garbage; one collection, at the end of all, is enough
         for stage in self.stages:
-            stage.client.shutdown()
+            core = stage.client.engine_core
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
         self.stages.clear()
-        cleanup_dist_env_and_memory()
-        gc.unfreeze()
+        cleanup_dist_env_and_memory()  # which collects, everything

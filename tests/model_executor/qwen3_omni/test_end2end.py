@@ -10,19 +10,16 @@ import re
 import subprocess
 import sys
 import time
-import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from tests.model_executor.example import check_answer, command
 from tests.model_executor.qwen3_omni.support import MODALITIES, Reference, make_prompt
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.errors import ConfigError, RequestAborted, RequestError
@@ -268,20 +265,8 @@ def test_one_bad_request_among_good(omni: Omni, reference: Reference) -> None:
 
 def test_the_example(checkpoint: Path, stages: Path, tmp_path: Path) -> None:
     """``end2end.py`` reads files of every kind and writes the answer's sound."""
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "picture.png")
-    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
-        file.setparams((1, 2, 24000, 0, "NONE", ""))
-        file.writeframes(rng.integers(-9999, 9999, 12000).astype(np.int16).tobytes())
-    writer = cv2.VideoWriter(str(tmp_path / "video.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 8, (64, 64))
-    for _ in range(24):
-        writer.write(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    writer.release()
-    script = ROOT / "examples" / "offline_inference" / "qwen3_omni" / "end2end.py"
-    command = [sys.executable, str(script), "--model", str(checkpoint), "--stage-configs-path", str(stages)]
-    files = ["--image", "picture.png", "--audio", "sound.wav", "--video", "video.mp4"]
     done = subprocess.run(
-        [*command, *files, "--speaker", "chelsie", "--output", "answer.wav", "what is it"],
+        [sys.executable, *command("qwen3_omni", checkpoint, stages, tmp_path, "chelsie", seconds=3)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -290,9 +275,4 @@ def test_the_example(checkpoint: Path, stages: Path, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    with wave.open(str(tmp_path / "answer.wav")) as file:
-        assert file.getparams()[:3] == (1, 2, 24000)
-        assert file.getnframes() == FRAMES * 1920 - 555
-        samples = np.frombuffer(file.readframes(file.getnframes()), dtype=np.int16)
-    assert samples.std() > 100
-    assert "answer.wav: 0.9" in done.stdout
+    check_answer(tmp_path, done.stdout, FRAMES * 1920 - 555)
