@@ -205,13 +205,16 @@ def test_death_of_the_producer(connector: SharedMemoryConnector) -> None:
     assert found is not None
     end_child(child)
     assert found[0]["a"].sum() == 500_000, "what was fetched stays valid"
+    pids = {child.pid}
     child = start_child("make")
+    pids.add(child.pid)
     assert child.stdout is not None
     metadata = {"payload": os.read(child.stdout.fileno(), 10_000), "size": 0}
     end_child(child)
     with pytest.raises(ConnectorError, match=f"the process {child.pid} that made the payload is gone"):
         connector.get("0", "1", "r", metadata)
-    assert not {name for name in set(os.listdir("/dev/shm")) - before if "omni" in name}
+    left = set(os.listdir("/dev/shm")) - before
+    assert not {name for name in left if "omni" in name and any(str(pid) in name for pid in pids)}
 
 
 def test_death_of_the_consumer(connector: SharedMemoryConnector) -> None:

@@ -266,11 +266,11 @@ time.sleep(60)
 
 def orphans(before: set[str]) -> list[str]:
     """Shared memory that was not there ``before`` and that no living process has mapped: tests of others may run."""
+    new = set(os.listdir("/dev/shm")) - before  # first: what others make from here on is not asked about
     mapped = ""
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
             mapped += maps.read_text()
-    new = set(os.listdir("/dev/shm")) - before
     return sorted(name for name in new if name not in mapped and Path("/dev/shm", name).exists())
 
 
