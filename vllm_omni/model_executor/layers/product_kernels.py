@@ -37,12 +37,43 @@ class Plan:
     """Elements of a weight's row that are loaded at once: ``vector`` by all warps, ``split`` by each."""
 
 
-# Columns and warps by (rows at most, columns of the result, length of a row, gated).
-PLANS: dict[tuple[int, int, int, bool], Plan] = {}
+# By (rows at most, columns of the result, length of a row, gated): Qwen3-Omni-30B-A3B on one H200.
+PLANS: dict[tuple[int, int, int, bool], Plan] = {
+    (1, 1024, 2048, False): Plan("vector", 8, 8, 256),
+    (1, 1024, 3072, False): Plan("vector", 4, 4, 256),
+    (1, 2048, 1024, False): Plan("vector", 4, 1, 256),
+    (1, 3072, 1024, True): Plan("vector", 16, 8, 256),
+    (1, 4096, 1024, False): Plan("vector", 16, 8, 256),
+    (2, 1024, 2048, False): Plan("vector", 2, 1, 256),
+    (2, 1024, 3072, False): Plan("vector", 4, 4, 256),
+    (2, 2048, 1024, False): Plan("vector", 4, 1, 256),
+    (2, 3072, 1024, True): Plan("vector", 4, 4, 256),
+    (2, 4096, 1024, False): Plan("vector", 4, 1, 256),
+    (8, 1024, 2048, False): Plan("split", 16, 4, 128),
+    (8, 1024, 3072, False): Plan("split", 8, 4, 128),
+    (8, 2048, 1024, False): Plan("split", 16, 4, 128),
+    (8, 3072, 1024, True): Plan("split", 16, 4, 128),
+    (8, 4096, 1024, False): Plan("split", 16, 4, 128),
+    (16, 1024, 2048, False): Plan("split", 16, 4, 128),
+    (16, 1024, 3072, False): Plan("split", 16, 8, 128),
+    (16, 2048, 1024, False): Plan("split", 16, 4, 128),
+    (16, 3072, 1024, True): Plan("split", 16, 4, 128),
+    (16, 4096, 1024, False): Plan("split", 16, 4, 128),
+    (32, 1024, 2048, False): Plan("split", 16, 4, 128),
+    (32, 1024, 3072, False): Plan("split", 16, 8, 128),
+    (32, 2048, 1024, False): Plan("split", 16, 4, 128),
+    (32, 3072, 1024, True): Plan("split", 16, 4, 128),
+    (32, 4096, 1024, False): Plan("split", 16, 4, 128),
+    (64, 1024, 2048, False): Plan("split", 8, 4, 128),
+    (64, 1024, 3072, False): Plan("split", 16, 4, 128),
+    (64, 2048, 1024, False): Plan("split", 16, 4, 128),
+    (64, 3072, 1024, True): Plan("split", 16, 4, 128),
+    (64, 4096, 1024, False): Plan("split", 16, 4, 128),
+}
 """Measured plans; sizes that are not here are planned by ``plan``."""
 
-OFF, EARLY, LATE = 0, 1, 2
-"""When the next kernel may start: after this one; at once; when this one has waited for the one before it."""
+OFF, EARLY = 0, 1
+"""When the next kernel may start: after this one, or at once."""
 _overlap: dict[torch.device, int] = {}
 
 
@@ -63,18 +94,16 @@ def can_overlap(device: torch.device) -> bool:
 
 @triton.jit
 def announce(launch_pdl: tl.constexpr):
-    """First in a kernel: the next one may start (1 is ``EARLY``)."""
-    if launch_pdl == 1:
+    """First in a kernel: the next one may start."""
+    if launch_pdl != 0:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def follow(launch_pdl: tl.constexpr):
-    """Wait for the end of the kernel before (2 is ``LATE``)."""
+    """Wait for the end of the kernel before."""
     if launch_pdl != 0:
         tl.extra.cuda.gdc_wait()
-    if launch_pdl == 2:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
