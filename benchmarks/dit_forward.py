@@ -392,9 +392,8 @@ def main() -> None:
     parallel_state.destroy_parallel()
     if args.json:
         machine = torch.cuda.get_device_name() if not cpu else platform.processor() or platform.machine()
-        args.json.write_text(
-            json.dumps({"device": machine, "torch": torch.__version__, "dtype": str(dtype), "cases": results}, indent=2)
-        )
+        report = {"device": machine, "torch": torch.__version__, "dtype": str(dtype), "cases": results}
+        args.json.write_text(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -96,8 +96,6 @@ class DenoiseState:
     """Steps (counted from 1) after which a preview is wanted."""
     foreseen: torch.Tensor | None = None
     """The clean latents that such a step predicted, packed like ``latents``; until the preview is made."""
-    solver: Any = None
-    """State of a multi-step solver."""
     output_type: str = "pil"
     """Form that the result is asked for in; ``latent`` ends the work before the VAE."""
     scratch: dict[str, Any] = field(default_factory=dict)
