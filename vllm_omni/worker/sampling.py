@@ -130,6 +130,8 @@ class RequestSampler:
         Under asynchronous scheduling vLLM notes a sampled token as -1 and puts in the real one before the next step's
         sampling, of the last step alone. After steps that the model sampled there are more; the model knows them.
         """
+        if not self._able:
+            return  # every step was vLLM's
         for row, tokens in enumerate(batch.sampling_metadata.output_token_ids):
             if len(tokens) > 1 and tokens[-2] < 0:
                 tokens[:] = self._tokens.made(self._rows[row].rules.slot, len(tokens))
