@@ -20,7 +20,7 @@ from tests.entrypoints.graphs import stage, write
 ROOT = Path(__file__).parents[3]
 PICTURES = "tests.entrypoints.openai.picture_stage.PictureStage"
 START_S = 660
-"""Longer than the server itself waits for its stages, so that its own error is what one sees, also on a busy machine."""
+"""Longer than the server itself waits for its stages: its own error is what one sees, also on a busy machine."""
 
 
 def picture_stages(folder: Path) -> str:

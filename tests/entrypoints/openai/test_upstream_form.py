@@ -191,3 +191,24 @@ def test_curl(upstream: Server, tmp_path: Path) -> None:
     command[2] = upstream.url + PATH
     done = subprocess.run([*command, "-d", f"@{tmp_path / 'body.json'}"], check=True, capture_output=True, timeout=60)
     assert json.loads(done.stdout)["usage"]["prompt_tokens"] > 10
+
+
+def test_several_answers(upstream: Server, expected: tuple[str, Any, int]) -> None:
+    """Text and sound of each follow each other; chunks say which answer they belong to."""
+    body = {"messages": ASK, "modalities": BOTH, "n": 2}
+    answer = upstream.post(PATH, body).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert [choice["message"]["content"] for choice in answer["choices"]] == [expected[0], None] * 2
+    for choice in answer["choices"][1::2]:
+        assert np.abs(samples(choice["message"]["audio"]["data"]) - expected[1]).max() < 2e-3
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (expected[2], 2 * TOKENS)
+    text, sound = ["", ""], [0, 0]
+    for chunk in upstream.openai.chat.completions.create(
+        model="omni", messages=ASK, stream=True, n=2, extra_body={"modalities": BOTH}
+    ):
+        (choice,) = chunk.choices
+        if chunk.model_dump()["modality"] == "text":
+            text[choice.index] += choice.delta.content or ""
+        else:
+            sound[choice.index] += len(samples(choice.delta.content or ""))
+    assert (text, sound) == ([expected[0]] * 2, [len(expected[1])] * 2)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import time
-import uuid
 from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,7 +28,7 @@ class _Name:
     def __init__(self, headers: list[tuple[bytes, bytes]]) -> None:
         given = next((value for name, value in headers if name == HEADER), b"").decode("latin-1")
         self.is_given = _VALID.match(given) is not None
-        self.text = given if self.is_given else uuid.uuid4().hex
+        self.text = given if self.is_given else secrets.token_hex(16)
 
 
 _current: ContextVar[_Name | None] = ContextVar("request", default=None)
@@ -38,7 +38,7 @@ def request_id(in_body: str | None = None) -> str:
     """The name of the request that is being answered: the header's, else ``in_body``, else a fresh one."""
     name = _current.get()
     if name is None:
-        return in_body or uuid.uuid4().hex
+        return in_body or secrets.token_hex(16)
     if in_body is not None and not name.is_given:
         name.text = in_body
     return name.text
