@@ -14,6 +14,7 @@ import pytest
 
 from tests.entrypoints.openai.server import Server
 from tests.entrypoints.openai.test_gate import raw
+from vllm_omni.entrypoints.openai.request_ids import HEADER, RequestIds, request_id
 
 PATH, CHAT = "/v1/images/generations", "/v1/chat/completions"
 FRESH = re.compile(r"[0-9a-f]{32}")
@@ -103,3 +104,19 @@ def test_one_name_for_two_requests(omni_server: Server) -> None:
     for thread in threads:
         thread.join(60)
     assert counts == {30: 30, 40: 40, 50: 50}
+
+
+async def test_without_the_header() -> None:
+    """``--no-enable-request-id-headers``: answers do not tell the name, but the endpoint has it."""
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(request_id())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        seen.append(message["headers"])
+
+    for tell in (False, True):
+        await RequestIds(app, tell, False)({"type": "http", "headers": [(HEADER, b"mine")]}, None, send)  # type: ignore[arg-type]
+    assert seen == ["mine", [], "mine", [(HEADER, b"mine")]]
