@@ -99,6 +99,23 @@ def test_random_trees_come_back(seed: int) -> None:
     arena.close()
 
 
+def test_an_old_reference_gives_nothing_of_the_new_content_up() -> None:
+    """Two payloads, one after another in the same segment."""
+    arena = Arena()
+    old = arena.write(100, lambda content: None)
+    arena.cancel(old)
+    arena.reap()
+    new = arena.write(100, lambda content: None)
+    assert (new.fd, new.inode) == (old.fd, old.inode)
+    assert not arena.held(old)
+    arena.cancel(old)
+    arena.release(old)
+    assert arena.held(new)
+    arena.cancel(new)
+    assert not arena.held(new)
+    arena.close()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tensors_of_every_dtype(dtype: torch.dtype) -> None:
     raw = torch.randint(0, 2 if dtype is torch.bool else 100, (6, 5, 16), dtype=torch.uint8)

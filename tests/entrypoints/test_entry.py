@@ -45,6 +45,11 @@ def test_without_a_text_stage_one_set_is_for_all_of_its_class() -> None:
     assert params_for({0: OmniDiffusionSamplingParams(), 1: DEFAULTS[0]}, picture, text=[1])[0] is picture
 
 
+def test_without_a_stage_that_reads_the_one_that_writes_text_is_meant() -> None:
+    stages = tuple(replace(stage, is_comprehension=False) for stage in PIPELINE.stages)
+    assert text_stages(PIPELINE) == text_stages(replace(PIPELINE, stages=stages)) == {0}
+
+
 def test_what_ends_a_stage_s_output_is_never_dropped() -> None:
     talker = SamplingParams(temperature=0.9, max_tokens=4096, stop_token_ids=[7])
     params = params_for(DEFAULTS, [DEFAULTS[0], talker, DEFAULTS[2]], text=TEXT)

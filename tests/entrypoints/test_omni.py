@@ -157,6 +157,7 @@ def test_sampling_parameters(omni: Omni) -> None:
             {"sampling_params": OmniDiffusionSamplingParams(extra_args={"foo": {"big": 2**70}})},
             "extra_args.foo.big: cannot travel between processes",
         ),
+        ({"output_modalities": []}, "output_modalities is empty; allowed are image, text"),
     ],
 )
 def test_bad_parameters(omni: Omni, kwargs: dict[str, Any], message: str) -> None:

@@ -138,6 +138,32 @@ def test_only_time_of_looking_counts() -> None:
     assert all(still.reason(idle, 1.0, 0.0, 3.0) is None for _ in range(9))
 
 
+async def test_a_machine_that_slept_blames_nobody() -> None:
+    """A hundred seconds passed, of which it looked for a moment."""
+
+    class Client:
+        given_up: list[StageDeadError] = []  # noqa: RUF012
+
+        def vitals(self) -> Vitals:
+            return Vitals({"its process": 7}, 3, True, None)
+
+        def give_up(self, error: StageDeadError) -> None:
+            self.given_up.append(error)
+
+    client = Client()
+    watching = watch.Watch({0: client}, 8.0, 8.0)  # type: ignore[dict-item]
+    watching.start()
+    for _ in range(2):
+        watching._looked -= 100
+        watching._tick()
+    assert not client.given_up
+    for _ in range(9):
+        watching._looked -= 100
+        watching._tick()
+    watching.stop()
+    assert len(client.given_up) == 1
+
+
 def test_page() -> None:
     """A process writes, another reads; what it wrote last can be read after it is gone."""
     page = pulse.PulsePage()

@@ -187,6 +187,22 @@ def test_a_big_picture_gets_its_share_while_small_ones_keep_coming() -> None:
         assert units < 10 * (4096 // 256) * 4
 
 
+def test_a_size_that_was_idle_does_not_claim_the_time_it_did_not_use() -> None:
+    """After a hundred steps of one size alone, a second one gets every other step, not the next hundred."""
+    scheduler = Scheduler(4)
+    spec = {"old": ("x", 200, 16), "new": ("y", 50, 16)}
+    scheduler.add("old")
+    for _ in range(101):
+        do(scheduler, scheduler.next_unit(), spec)
+    scheduler.add("new")
+    units = []
+    for _ in range(21):
+        units.append(scheduler.next_unit())
+        do(scheduler, units[-1], spec)
+    counts = denoise_counts(units)
+    assert abs(counts["old"] - counts["new"]) <= 2, counts
+
+
 def test_new_shapes_without_end_do_not_starve_the_oldest_request() -> None:
     """Every unit a request of a shape never seen before arrives: aging alone bounds the old one's wait."""
     scheduler = Scheduler(4)
