@@ -144,11 +144,10 @@ async def begin(chat: Chat) -> tuple[Turn, Any]:
     given = body.model_fields_set
     about = "messages", given, chat.media.append
     turn = Turn(service, stages, service.reader, rest, chat.modalities, information, *about)
+    own = {"messages": turns, "request_id": chat.request_id}
     with typed_errors("messages", given):
         request = Plain(
-            **{**fields, **vllm_fields(body), **_of_choice(chat, fields, stages)},
-            messages=turns,
-            request_id=chat.request_id,
+            **{**fields, **vllm_fields(body), **_of_choice(chat, fields, stages), **own},
             model=service.adapter(body.model),
         )
         serving = service.text.chat(turn, defaults)
