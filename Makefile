@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEVICE ?= auto
-WORKERS ?= 2
+WORKERS ?= 0
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 SOURCES := vllm_omni tests tools examples benchmarks

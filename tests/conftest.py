@@ -33,6 +33,7 @@ def _has_browser() -> bool:
     return all(shutil.which(name) is not None for name in ("chromium", "chromedriver"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before those of plugins
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave tests out that are marked ``gpu`` or ``browser`` on a machine without one; order and share out the rest.
 
