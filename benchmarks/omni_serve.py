@@ -166,7 +166,8 @@ async def _speech(
                 continue
             began = time.monotonic()
             frames = min(shape.frames, FAMILIES[args.model].warm_frames)
-            await speaker.run(Shape(shape.prompt, min(shape.text, 24), frames), clients, clients)
+            for _ in range(2 if clients > 1 else 1):  # batches form anew each time
+                await speaker.run(Shape(shape.prompt, min(shape.text, 24), frames), clients, clients)
             report(f"warm-up {shape.name} c={clients} s", round(time.monotonic() - began, 2))
             cell = await speaker.run(shape, clients * args.waves if clients > 1 else args.waves + 1, clients)
             longest = max(longest, time.monotonic() - began)

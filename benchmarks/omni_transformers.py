@@ -42,7 +42,7 @@ def build(name: str, folder: Path, device: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def request(name: str, shape: Shape) -> dict[str, Any]:
+def request(name: str, shape: Shape, config: Any) -> dict[str, Any]:
     """Arguments of ``generate`` for fixed lengths; the talker samples as its release says."""
     out: dict[str, Any] = {
         "thinker_max_new_tokens": shape.text,
@@ -52,7 +52,13 @@ def request(name: str, shape: Shape) -> dict[str, Any]:
         "talker_max_new_tokens": shape.frames + (name == "qwen3"),
         "talker_min_new_tokens": shape.frames + (name == "qwen3"),
     }
-    return out | ({"speaker": "Ethan"} if name == "qwen3" else {})
+    if name == "qwen3":
+        return out | {"speaker": "Ethan"}
+    # Random weights say control ids, too, for which the vocoder has no embedding.
+    talker, codes = config.talker_config, config.token2wav_config.dit_config.num_embeds
+    return out | {
+        "talker_bad_words_ids": [[i] for i in range(codes, talker.vocab_size) if i != talker.tts_codec_end_token_id]
+    }
 
 
 def main(args: argparse.Namespace, report: Callable[[str, Any], None]) -> None:
@@ -69,7 +75,7 @@ def main(args: argparse.Namespace, report: Callable[[str, Any], None]) -> None:
         torch.manual_seed(0)
         sent = time.perf_counter()
         mask = torch.ones_like(ids)
-        sequences, wave = model.generate(input_ids=ids, attention_mask=mask, **request(args.model, shape))
+        sequences, wave = model.generate(input_ids=ids, attention_mask=mask, **request(args.model, shape, model.config))
         samples = wave.cpu().numel()
         job = time.perf_counter() - sent
         tokens = sequences.shape[1] - ids.shape[1]
