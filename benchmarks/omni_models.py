@@ -91,7 +91,6 @@ def thinker_args(name: str, tiny: bool, kv_gib: float | None = None) -> dict[str
         "gpu_memory_utilization": 0.1,  # vLLM wants that much to be free; the KV cache has its own size
         "skip_mm_profiling": True,
         "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 64, 128, 256, 512, 1024]},
-        "kernel_config": {"enable_jit_warmup": False},  # the first request of each kind warms up
     }
 
 
