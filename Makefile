@@ -2,11 +2,9 @@
 #   PYTHON  interpreter that makes the environment (3.11 or newer)
 #   VENV    where the environment is
 #   DEVICE  auto | cpu | cuda: which vLLM `make install` takes
-#   WORKERS processes that run the tests; 0: none but pytest's own
 PYTHON ?= python3
 VENV ?= .venv
 DEVICE ?= auto
-WORKERS ?= 0
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 SOURCES := vllm_omni tests tools examples benchmarks
@@ -38,8 +36,8 @@ lint: $(READY) ## style of the code: ruff check, ruff format
 check: lint ## lint and types: mypy (strict) on the package
 	$(BIN)/mypy vllm_omni
 
-test: $(READY) ## the test suite (ARGS="tests/cli -x"), in WORKERS processes; GPU tests only where there is a GPU
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+test: $(READY) ## the test suite (ARGS="tests/cli -x"); GPU tests only where there is a GPU
+	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(READY) ## measure what HTTP, orchestration and connector cost on this machine, into outputs/
 	@mkdir -p outputs

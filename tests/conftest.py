@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -21,9 +20,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-TESTS = Path(__file__).parent
-
-
 def _has_gpu() -> bool:
     tool = shutil.which("nvidia-smi")
     return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
@@ -33,35 +29,15 @@ def _has_browser() -> bool:
     return all(shutil.which(name) is not None for name in ("chromium", "chromedriver"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before those of plugins
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave tests out that are marked ``gpu`` or ``browser`` on a machine without one; order and share out the rest.
+    """Leave tests out that are marked ``gpu`` or ``browser`` on a machine without one; tests that fork come first.
 
-    Tests that fork come first: others leave threads (Gloo's, OpenMP's) in this process, and a fork may wait for ever
-    for a lock that one of them held. Where two processes run the tests (``make test``), the servers' tests are for one
-    of them, since they share servers and a browser, and begin at once; the other takes file by file what is left.
+    Other tests leave threads (Gloo's, OpenMP's) in this process, and a fork may wait for ever for a lock that one of
+    them held.
     """
-    shared = "PYTEST_XDIST_WORKER" in os.environ
-    items.sort(key=lambda item: _turn(item, shared))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=lambda item: item.path.name != "test_ar_stage_client.py")
     for name, is_there in (("gpu", _has_gpu), ("browser", _has_browser)):
         marked = [item for item in items if item.get_closest_marker(name)]
         if marked and not is_there():
             config.hook.pytest_deselected(items=marked)
             items[:] = [item for item in items if item not in marked]
-
-
-def _turn(item: pytest.Item, shared: bool) -> int:
-    if item.path.name == "test_ar_stage_client.py":
-        return 0
-    return 1 if shared and _group(item) == "entrypoints" else 2
-
-
-def _group(item: pytest.Item) -> str:
-    """Tests of one group run in one process, one after another."""
-    if item.get_closest_marker("gpu"):
-        return "gpu"
-    if TESTS / "entrypoints" in item.path.parents:
-        return "entrypoints"
-    return str(item.path.relative_to(TESTS))
