@@ -162,6 +162,7 @@ async def test_an_edge_that_raises_fails_its_request_alone(start: Start) -> None
     with pytest.raises(StageError, match="input function of stage 1 raised KeyError: 'no such thing'") as caught:
         await collect(engine, ask())
     assert caught.value.details["stage_id"] == 1
+    assert "in raises" in caught.value.details["cause"]
     (output,) = await collect(engine, ask(), output_modalities=["text"])
     assert output.final_output_type == "text"
 

@@ -131,6 +131,7 @@ class AsyncOmni:
         try:
             async for stage_id, data, finished, times in stream:
                 yield self.build(request, stage_id, data, finished, times)
+                del data  # who keeps an error that comes later shall not keep this
         finally:
             self._orchestrator.abort(key)
 

@@ -128,6 +128,7 @@ class Omni:
                             errors[index] = error
                         else:
                             yield index, output
+                            del output  # who keeps an error that comes later shall not keep this
                     elif kind == "progress":
                         progress.step(*value)
                     elif kind == "preview":
@@ -210,8 +211,10 @@ def _collected(run: Iterable[tuple[int, OmniRequestOutput]], count: int) -> list
     try:
         for index, output in run:
             ordered[index].append(output)
+            del output
     except OmniError as error:
         error.outputs = [output for outputs in ordered for output in join(outputs)]
+        ordered.clear()  # the error alone holds them: its traceback holds this list
         raise
     return [o for outputs in ordered for o in sorted(join(outputs), key=lambda output: output.stage_id or 0)]
 

@@ -135,6 +135,7 @@ class Orchestrator:
                     self._send(flow, node.stage_id, request.entry, last=True)
         except OmniError as error:
             self._forget(flow, error)
+            _drop_frames(error)
             raise
         return flow.key
 
@@ -182,6 +183,7 @@ class Orchestrator:
         if self._flows.get(flow.key) is not flow:
             return
         self._forget(flow, error)
+        _drop_frames(error)
         flow.sink.on_end(error)
 
     def _forget(self, flow: _Flow, error: OmniError | None) -> None:
@@ -381,20 +383,18 @@ class Orchestrator:
             action(*args)
         except OmniError as error:
             error.details.setdefault("stage_id", stage_id)
-            _lighten(error)
             self._end(flow, error)
-            del flow, args
         except Exception as error:  # an edge function is foreign code: its error is the request's, not the loop's
             text = f"the input function of stage {stage_id} raised {type(error).__name__}: {error}"
-            failure = StageError(text, stage_id=stage_id)
-            failure.__cause__ = error
-            _lighten(error)
-            self._end(flow, failure)
-            del flow, args
+            self._end(flow, StageError(text, stage_id=stage_id, cause=traceback.format_exc()))
 
 
-def _lighten(error: BaseException) -> None:
-    """Drop the values that the error's traceback holds: whoever keeps the error shall not keep what was on its way
-    between the stages. Who calls this drops its own."""
-    for each in (error, error.__cause__):
-        traceback.clear_frames(None if each is None else each.__traceback__)
+def _drop_frames(error: BaseException | None) -> None:
+    """Cut the tracebacks off, of what the error came from too.
+
+    Their frames, and those of the loop behind them, hold what was on its way between the stages: shared memory that
+    would stay in use for as long as the caller keeps the error. The caller's own frames join when it is raised there.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

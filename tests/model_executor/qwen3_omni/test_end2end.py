@@ -220,6 +220,10 @@ def test_a_prompt_that_is_too_long_for_the_talker_alone(omni: Omni, reference: R
     assert [len(output.multimodal_output["audio"]) for output in spoken] == [FRAMES * 1920 - 555]
     (text,) = ask(omni, [prompt.ours], output_modalities=["text"])
     assert len(text.outputs[0].token_ids) == TOKENS
+    spoken.clear()
+    caught.value.outputs.clear()
+    nothing_is_left(omni)
+    assert "generate" in [entry.name for entry in caught.traceback], "the error is kept, and says where it was asked"
 
 
 def nothing_is_left(omni: Omni) -> None:
