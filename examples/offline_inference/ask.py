@@ -70,13 +70,7 @@ def answer(omni: Omni, args: argparse.Namespace, fps: int) -> None:
 
 
 def main(usage: str, fps: int, speaker: str) -> None:
-    """One example.
-
-    Args:
-        usage: text of ``--help``.
-        fps: frames a second that the model's positions assume of videos.
-        speaker: default voice.
-    """
+    """One example: text of ``--help``, frames a second that the model's positions assume of videos, default voice."""
     args = parse_arguments(usage, speaker)
     with Omni(args.model, stage_configs_path=args.stage_configs_path) as omni:
         answer(omni, args, fps)

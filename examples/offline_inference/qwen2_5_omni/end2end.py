@@ -2,7 +2,7 @@
 
 python end2end.py --model Qwen/Qwen2.5-Omni-7B "How does a rainbow come about?"
 python end2end.py --model ... --image photo.jpg --audio question.wav --speaker Ethan "Answer the question."
-python end2end.py --model ... --modalities text "One word is enough."          # no speech is made
+python end2end.py --model ... "One word is enough." --modalities text          # no speech is made
 """
 
 import sys
