@@ -2,7 +2,7 @@
 """Draw a gallery with the model that comes with the package, and show it in the terminal. Run by ``make demo``.
 
 Prints what each part took. The model is tiny (docs/user_guide/default_model.md): it knows simple shapes, colours,
-counts and places, and gets nearly nine of ten sentences fully right. What the demo shows is the whole way of a
+counts and places, and gets more than nine of ten sentences fully right. What the demo shows is the whole way of a
 picture: the stage's process, the text encoder, denoising steps shared by the requests, the VAE, and the way back.
 """
 
