@@ -10,6 +10,7 @@ from vllm.sampling_params import SamplingParams
 from vllm_omni.errors import ConfigError, RequestError
 from vllm_omni.inputs.edge import EdgeInput
 from vllm_omni.model_executor.models.qwen2_5_omni.token2wav import GRAPHED_BLOCKS, GRAPHED_CODES
+from vllm_omni.model_executor.stage_input_processors.codec_chunks import ChunkSchedule, FrameStream
 from vllm_omni.model_executor.stage_input_processors.qwen2_5_omni import talker2token2wav, thinker2talker
 from vllm_omni.model_executor.tiny_models.qwen2_5_omni import tiny_config
 
@@ -105,6 +106,20 @@ def test_a_first_window_is_no_larger_than_the_later_ones(config: Any) -> None:
     assert len(made[0]["codes"]) == 12
     with pytest.raises(ConfigError, match="initial_codec_right_context_frames=5 is more than"):
         windows(config, [[5]], extra={**extra, "initial_codec_right_context_frames": 5})
+
+
+def test_a_second_window_does_not_come_later_for_its_context() -> None:
+    """It needs as many fewer new codes as it waits for more codes after them than the first does."""
+    extra = {**EXTRA, "codec_chunk_frames": 24, "initial_codec_chunk_frames": 8, "codec_left_context_frames": 0}
+    extra |= {"codec_right_context_frames": 12, "initial_codec_right_context_frames": 4}
+    schedule = ChunkSchedule.of(extra)
+    assert [schedule.size(i) for i in range(4)] == [8, 8, 24, 24]
+    assert [schedule.ahead(i) for i in range(3)] == [4, 12, 12]
+    assert ChunkSchedule.of({**extra, "initial_codec_chunk_frames": 2}).size(1) == 1, "one at least"
+    assert ChunkSchedule.of({**extra, "initial_codec_right_context_frames": 12}).size(1) == 16
+    stream: FrameStream[int] = FrameStream()
+    came = [i + 1 for i in range(60) if stream.take([i], schedule, last=False) is not None]
+    assert came == [12, 28, 52], "codes that had come when a window was full"
 
 
 @pytest.mark.parametrize(
