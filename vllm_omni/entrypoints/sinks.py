@@ -54,6 +54,7 @@ class AsyncSink:
         self._waiter: asyncio.Future[None] | None = None
 
     def on_output(self, stage_id: int, data: dict[str, Any], finished: bool, metrics: dict[str, Any]) -> None:
+        """Kept until the consumer asks for it."""
         self._items.append((stage_id, data, finished, metrics))
         self._wake()
 
@@ -68,6 +69,7 @@ class AsyncSink:
             self._on_preview(stage_id, preview)
 
     def on_end(self, error: OmniError | None) -> None:
+        """The consumer gets what is left, then ``error`` or the end."""
         self._ended, self._error = True, error
         self._wake()
 
@@ -97,13 +99,17 @@ class QueueSink:
         self._events = events
 
     def on_output(self, stage_id: int, data: dict[str, Any], finished: bool, metrics: dict[str, Any]) -> None:
+        """Put into the queue, as every event is."""
         self._events.put((self._index, "output", (stage_id, data, finished, metrics)))
 
     def on_progress(self, stage_id: int, step: int, total: int) -> None:
+        """Stage, steps done and steps in all."""
         self._events.put((self._index, "progress", (stage_id, step, total)))
 
     def on_preview(self, stage_id: int, preview: Preview) -> None:
+        """Stage and preview."""
         self._events.put((self._index, "preview", (stage_id, preview)))
 
     def on_end(self, error: OmniError | None) -> None:
+        """The request's last event: its error, or None."""
         self._events.put((self._index, "end", error))

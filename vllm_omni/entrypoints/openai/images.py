@@ -155,12 +155,22 @@ def _answer(body: ImageGenerationRequest, outputs: Sequence[OmniRequestOutput], 
 
 
 def prompt_of(body: ImageGenerationRequest) -> str | OmniTextPrompt:
+    """The request's prompt as the engine takes it: text, or a dictionary where there is a negative prompt, too."""
     if body.negative_prompt is None:
         return body.prompt
     return {"prompt": body.prompt, "negative_prompt": body.negative_prompt}
 
 
 def sampling_of(body: ImageGenerationRequest, limit: int) -> dict[str, Any]:
+    """The request's fields as sampling parameters (names of ``OmniDiffusionSamplingParams``), without those left out.
+
+    Args:
+        body: the request.
+        limit: pixels that a picture may have, width times height.
+
+    Raises:
+        RequestError: ``partial_images`` without a stream, or a ``size`` that is none or too large.
+    """
     names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "seed")
     given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     if body.partial_images and not body.stream:
