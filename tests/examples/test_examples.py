@@ -43,7 +43,7 @@ def test_quickstart(tmp_path: Path) -> None:
     for block in _blocks("bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line)
-            if words and words[0] == "vllm-omni":
+            if words[:1] == ["vllm-omni"] and words[1] != "serve":  # a server does not end
                 _run(tmp_path, sys.executable, "-m", "vllm_omni", *words[1:])
                 ran += 1
     assert ran == 3
