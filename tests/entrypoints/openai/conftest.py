@@ -55,6 +55,7 @@ def omni_server(omni_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
         *(str(omni_checkpoint), "--stage-configs-path", str(stages), "--served-model-name", "omni"),
         *("--allowed-local-media-path", str(media), "--allowed-media-domains", "localhost"),
         *("--max-audio-seconds", "60", "--max-media-pixels", "1000000", "--max-media-bytes", "1000000"),
+        "--trust-request-mm-kwargs",
     )
     yield server
     assert server.stop() == 0, server.log

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -250,7 +251,7 @@ def test_one_bad_request_among_good(omni: Omni, reference: Reference) -> None:
     image = make_prompt(reference.processor, "image").ours
     bad: list[tuple[Any, str]] = [
         ({**good, "additional_information": {"speaker": "nobody"}}, "speaker"),
-        ({**image, "multi_modal_data": {"image": "no picture"}}, "prompt"),
+        ({**image, "multi_modal_data": {"image": "no picture"}}, "multi_modal_data"),
         ({**image, "multi_modal_data": {}}, "multi_modal_data"),
         ({**good, "multi_modal_data": {"smell": [1]}}, "prompt"),
         ({"prompt": good["prompt"] * 40}, "prompt"),
@@ -265,6 +266,59 @@ def test_one_bad_request_among_good(omni: Omni, reference: Reference) -> None:
     with pytest.raises(RequestError, match="the voices are"):
         omni._async.make_request(bad[0][0], None, None)  # before any stage sees it
     assert omni.is_running
+
+
+def sound(samples: Any, rate: int = 16000) -> dict[str, Any]:
+    return {"audio": (samples, rate)}
+
+
+NOISE = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
+HOLE = np.where(np.arange(16000) == 5, np.float32("nan"), NOISE)
+FRAMES_OF_NOTHING = np.full((4, 64, 64, 3), np.inf, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("audio", {"multi_modal_data": {"audio": b"RIFF"}}, "a bytes; allowed is an array of samples"),
+        ("image", {"multi_modal_data": {"image": b"\x89PNG"}}, "a bytes; allowed is a PIL image"),
+        ("video", {"multi_modal_data": {"video": b""}}, "a bytes; allowed is an array of"),
+        ("audio", {"multi_modal_data": sound(NOISE.tolist())}, "a list; allowed is an array of samples"),
+        ("audio", {"multi_modal_data": sound(np.array(["a"] * 400))}, "allowed are numbers"),
+        ("audio", {"multi_modal_data": sound(NOISE[:0])}, "nothing is in it"),
+        ("audio", {"multi_modal_data": sound(NOISE[:1])}, "1 samples at 16000 Hz; 201 are needed"),
+        ("audio", {"multi_modal_data": sound(NOISE[:200])}, "200 samples at 16000 Hz; 201 are needed"),
+        ("audio", {"multi_modal_data": sound(NOISE[:50], 8000)}, "samples at 16000 Hz; 201 are needed"),
+        ("audio", {"multi_modal_data": sound(HOLE)}, "not finite"),
+        ("audio", {"multi_modal_data": sound(torch.from_numpy(HOLE))}, "not finite"),
+        ("video", {"multi_modal_data": {"video": FRAMES_OF_NOTHING}}, "not finite"),
+        ("audio", {"multi_modal_data": sound(NOISE, 0)}, "sampling rate 0"),
+        ("audio", {"multi_modal_data": {"audio": [(NOISE, 16000)] * 2}}, "2 given, but the prompt has 1 places"),
+        ("text", {"multi_modal_data": sound(NOISE)}, "1 given, but the prompt has 0 places"),
+        ("image", {"mm_processor_kwargs": {"min_pixel": 1024}}, "did you mean 'min_pixels'"),
+        ("image", {"mm_processor_kwargs": {"images_kwargs": {"fps": 1.0}}}, "the processor has no 'fps'"),
+        ("image", {"mm_processor_kwargs": {"images_kwargs": 1}}, "must be a dictionary"),
+    ],
+)
+def test_wrong_media(omni: Omni, reference: Reference, kind: str, change: dict[str, Any], message: str) -> None:
+    """Refused by name, and for that request alone."""
+    right = make_prompt(reference.processor, kind).ours
+    with pytest.raises(RequestError, match=re.escape(message)) as caught:
+        ask(omni, [{**right, **change}, right], output_modalities=["text"])
+    assert caught.value.details["field"] in change
+    assert [output.request_id[0] for output in caught.value.outputs] == ["1"]
+
+
+def test_media_of_a_refused_request_can_be_sent_again(omni: Omni, reference: Reference) -> None:
+    """vLLM keeps what it made of them, and its engine has to have it, too."""
+    prompt = make_prompt(reference.processor, "image", seed=77).ours
+    for wrong in ({"prompt": prompt["prompt"] + "say " * 800}, {"prompt": prompt["prompt"] + "<|audio_pad|>"}):
+        with pytest.raises(RequestError):
+            ask(omni, [{**prompt, **wrong}], output_modalities=["text"])
+    first = ask(omni, [prompt], output_modalities=["text"])[0]
+    fine = {**prompt, "mm_processor_kwargs": {"images_kwargs": {"min_pixels": 64}, "use_audio_in_video": False}}
+    for again in (prompt, fine):
+        assert ask(omni, [again], output_modalities=["text"])[0].outputs[0].token_ids == first.outputs[0].token_ids
 
 
 def test_the_example(checkpoint: Path, stages: Path, tmp_path: Path) -> None:

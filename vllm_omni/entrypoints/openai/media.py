@@ -11,6 +11,7 @@ import binascii
 import importlib
 import io
 import ipaddress
+import itertools
 import socket
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import httpx
+import numpy as np
 
 from vllm_omni.entrypoints.openai.args import ServeArgs
 from vllm_omni.errors import NotFoundError, RequestError, TooLargeError
@@ -166,10 +168,10 @@ def optional(library: str, field: str) -> Any:
 
 
 def check_media(data: bytes, kind: Kind, field: str, args: ServeArgs) -> None:
-    """Check what a medium grows to when it is decoded, by its header.
+    """Check what a medium grows to when it is decoded, by its header; then that it can be decoded.
 
     Raises:
-        RequestError: no ``kind``. TooLargeError: too many pixels or seconds.
+        RequestError: no ``kind``, or a broken one. TooLargeError: too many pixels or seconds.
     """
     if kind == "image":
         _check_image(data, field, args.max_media_pixels)
@@ -193,6 +195,11 @@ def _check_image(data: bytes, field: str, limit: int) -> None:
         ) from error
     if pixels > limit:
         raise TooLargeError(f"{field}: has {pixels} pixels; allowed are {limit}", field=field)
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise RequestError(f"{field}: the picture cannot be read to its end: {error}", field=field) from error
 
 
 def _check_audio(data: bytes, field: str, limit: float) -> None:
@@ -207,18 +214,32 @@ def _check_audio(data: bytes, field: str, limit: float) -> None:
         raise TooLargeError(f"{field}: takes {seconds:.0f} s; allowed are {limit:g} (channels together)", field=field)
     if info.frames == 0:
         raise RequestError(f"{field}: the sound is empty", field=field)
+    try:
+        for block in soundfile.blocks(io.BytesIO(data), blocksize=1 << 20, dtype="float32"):
+            if not np.isfinite(block).all():
+                raise RequestError(f"{field}: holds samples that are not finite (NaN or infinity)", field=field)
+    except soundfile.LibsndfileError as error:
+        raise RequestError(f"{field}: the sound cannot be read to its end: {error}", field=field) from error
 
 
 def _check_video(data: bytes, field: str, args: ServeArgs) -> None:
     av = optional("av", field)
 
     try:
-        with av.open(io.BytesIO(data)) as container:
-            if not container.streams.video:
-                raise RequestError(f"{field}: no video stream", field=field)
-            stream = container.streams.video[0]
-            pixels = stream.codec_context.width * stream.codec_context.height
+        container = av.open(io.BytesIO(data))
     except (av.FFmpegError, OSError, ValueError) as error:
         raise RequestError(f"{field}: no video of a known format", field=field) from error
-    if pixels > args.max_media_pixels:
-        raise TooLargeError(f"{field}: has {pixels} pixels a frame; allowed are {args.max_media_pixels}", field=field)
+    with container:
+        if not container.streams.video:
+            raise RequestError(f"{field}: no video stream", field=field)
+        stream = container.streams.video[0]
+        pixels = stream.codec_context.width * stream.codec_context.height
+        if pixels > args.max_media_pixels:
+            text = f"{field}: has {pixels} pixels a frame; allowed are {args.max_media_pixels}"
+            raise TooLargeError(text, field=field)
+        try:
+            pictures = len(list(itertools.islice(container.decode(stream), 2)))
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise RequestError(f"{field}: the video cannot be read: {error}", field=field) from error
+        if pictures < 2:  # of which vLLM's readers can tell no frame rate
+            raise RequestError(f"{field}: the video has {pictures} pictures; 2 are needed at least", field=field)

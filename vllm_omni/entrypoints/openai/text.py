@@ -28,6 +28,7 @@ from vllm.exceptions import VLLMClientError, VLLMNotFoundError, VLLMValidationEr
 from vllm.lora.request import LoRARequest
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from vllm_omni.engine.media import check_processor_kwargs
 from vllm_omni.entrypoints.openai.errors import field_path
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.text_args import TextArgs
@@ -249,6 +250,8 @@ class _Chat(OpenAIServingChat):
 
     async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
         self._preflight(request.n or 1)
+        if request.mm_processor_kwargs:
+            check_processor_kwargs(request.mm_processor_kwargs, self.renderer.mm_processor)
         return await self.online_renderer.render_chat(request, skip_mm_cache=True)
 
 

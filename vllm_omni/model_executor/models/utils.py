@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.multimodal.audio import AudioResampler
+from vllm.multimodal.parse import AudioProcessorItems
+from vllm.multimodal.processing import BaseProcessingInfo
+
+from vllm_omni.errors import RequestError
 
 
 class OnePassModel(nn.Module):
@@ -29,12 +33,32 @@ class OnePassModel(nn.Module):
         raise RuntimeError("a generation stage has no logits")
 
 
-def with_resampler(parser: Any) -> Any:
-    """``parser``, vLLM's parser of media, with a resampler that is installed.
+class CheckedSounds(BaseProcessingInfo):
+    """Mixin of a model's processing info: sounds are resampled with what is installed, and long enough."""
 
-    vLLM resamples sounds with torchaudio, which its wheel for CPUs does not bring; PyAV, which reads media files, does
-    it as well.
-    """
-    if importlib.util.find_spec("torchaudio") is None:
-        parser.audio_resampler = AudioResampler(target_sr=parser.audio_resampler.target_sr, method="pyav")
-    return parser
+    def get_data_parser(self) -> Any:
+        """vLLM's parser. It resamples with torchaudio, which vLLM's wheel for CPUs does not bring; PyAV, which reads
+        media files, does it as well."""
+        parser = super().get_data_parser()
+        if importlib.util.find_spec("torchaudio") is None:
+            parser.audio_resampler = AudioResampler(target_sr=parser.audio_resampler.target_sr, method="pyav")
+        return parser
+
+    def parse_mm_data(self, mm_data: Any, *, validate: bool = True) -> Any:
+        """vLLM's, of whichever way a request came.
+
+        Raises:
+            RequestError: a sound shorter than what the spectrogram mirrors at its ends, half a window.
+        """
+        items = super().parse_mm_data(mm_data, validate=validate)
+        sounds = items.get("audio")
+        if isinstance(sounds, AudioProcessorItems):
+            extractor = self.get_feature_extractor()
+            shortest, rate = extractor.n_fft // 2 + 1, extractor.sampling_rate
+            for sound in sounds.get_all():
+                if sound is not None and sound.shape[-1] < shortest:
+                    raise RequestError(
+                        f"audio: {sound.shape[-1]} samples at {rate} Hz; {shortest} are needed at least",
+                        field="multi_modal_data",
+                    )
+        return items

@@ -14,12 +14,11 @@ from vllm.model_executor.models.qwen2_5_omni_thinker import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_omni.model_executor.models.utils import with_resampler
+from vllm_omni.model_executor.models.utils import CheckedSounds
 
 
-class _ProcessingInfo(Qwen2_5OmniThinkerProcessingInfo):
-    def get_data_parser(self) -> Any:
-        return with_resampler(super().get_data_parser())
+class _ProcessingInfo(CheckedSounds, Qwen2_5OmniThinkerProcessingInfo):
+    """vLLM's own, with sounds checked."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -8,8 +8,6 @@ The released talker listens to layer 24 of 48, where both agree.
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm.model_executor.models.qwen3_omni_moe_thinker import (
     Qwen3OmniMoeThinkerDummyInputsBuilder,
     Qwen3OmniMoeThinkerForConditionalGeneration,
@@ -18,12 +16,11 @@ from vllm.model_executor.models.qwen3_omni_moe_thinker import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vllm_omni.model_executor.models.utils import with_resampler
+from vllm_omni.model_executor.models.utils import CheckedSounds
 
 
-class _ProcessingInfo(Qwen3OmniMoeThinkerProcessingInfo):
-    def get_data_parser(self) -> Any:
-        return with_resampler(super().get_data_parser())
+class _ProcessingInfo(CheckedSounds, Qwen3OmniMoeThinkerProcessingInfo):
+    """vLLM's own, with sounds checked."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
