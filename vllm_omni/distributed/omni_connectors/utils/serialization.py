@@ -136,6 +136,8 @@ def deserialize_obj(data: Buffer) -> Any:
 class Packed:
     """An object on its way to another process.
 
+    ``walk`` writes any value; the other methods write a value of one kind each, as ``_HANDLERS`` shares them out.
+
     Attributes:
         tree: what msgpack can encode; where a leaf was stands where its bytes are.
         buffers: bytes of leaves, which follow one another.
