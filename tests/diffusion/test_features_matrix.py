@@ -45,14 +45,14 @@ def test_parallelism(
     feature: str,
     model: str,
     tiny_folder: Callable[[str], Path],
-    two_ranks: Callable[[str], list[dict[str, Any]]],
+    two_ranks: dict[str, list[dict[str, Any]]],
     our_pipe: Callable[[str], Any],
 ) -> None:
     family, field = TINY[model], PARALLEL[feature]
     od_config = OmniDiffusionConfig.from_kwargs(model=str(tiny_folder(family)), device="cpu", **{field: 2})
     if getattr(registry.supported_models()[model], feature):
         registry.check_features(od_config)
-        for mine, expected in zip(two_ranks(field)[0][family]["latents"], denoise(our_pipe(family)), strict=True):
+        for mine, expected in zip(two_ranks[field][0][family]["latents"], denoise(our_pipe(family)), strict=True):
             assert_same_latents(mine, expected)
     else:
         with pytest.raises(ConfigError, match=rf"{field}=2: {model} does not support {feature}"):

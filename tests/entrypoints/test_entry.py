@@ -148,6 +148,10 @@ def test_an_error_holds_nothing_of_its_request(monkeypatch: pytest.MonkeyPatch, 
     class Tensor:
         pass
 
+    class Flow:
+        key = "flow"
+        sink = SimpleNamespace(on_end=lambda error: errors.append(error))
+
     def look(tensor: Tensor) -> None:
         raise ValueError("damaged")
 
@@ -159,8 +163,9 @@ def test_an_error_holds_nothing_of_its_request(monkeypatch: pytest.MonkeyPatch, 
 
     errors: list[Exception] = []
     orchestrator = Orchestrator(StageGraph([StageNode(0)]), {})
-    monkeypatch.setattr(orchestrator, "_end", lambda flow, error: errors.append(error))
-    tensor, flow = Tensor(), Tensor()
+    monkeypatch.setattr(orchestrator, "_forget", lambda flow, error: orchestrator._flows.clear())
+    tensor, flow = Tensor(), Flow()
+    orchestrator._flows[flow.key] = flow  # type: ignore[assignment]
     held = weakref.ref(tensor), weakref.ref(flow)
     orchestrator._guarded(flow, 0, refuse, tensor)  # type: ignore[arg-type]
     del tensor, flow
