@@ -10,7 +10,7 @@ import typer
 
 from vllm_omni.entrypoints.cli import main, serve
 from vllm_omni.entrypoints.cli.vllm_flags import _FLAGS_INSTEAD, divide
-from vllm_omni.entrypoints.omni_args import resolve
+from vllm_omni.entrypoints.omni_args import DEFAULT_MODEL, resolve
 from vllm_omni.errors import ConfigError
 
 PLAIN = """
@@ -28,6 +28,16 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
     monkeypatch.setattr(server, "run_server", lambda *args: calls.append(args))
     return calls
+
+
+def test_names_of_the_model() -> None:
+    """What was asked for; else the model as it was given, but for the package's own."""
+    from vllm_omni.entrypoints.openai.args import ServeArgs
+    from vllm_omni.entrypoints.openai.server import served_names
+
+    assert list(served_names(ServeArgs(served_model_name=["a", "b"]), str(DEFAULT_MODEL))) == ["a", "b"]
+    assert list(served_names(ServeArgs(), "path/to/FLUX.1-dev")) == ["path/to/FLUX.1-dev"]
+    assert list(served_names(ServeArgs(), str(DEFAULT_MODEL))) == ["default"]
 
 
 def test_vllms_options_beside_ours(started: list[Any]) -> None:

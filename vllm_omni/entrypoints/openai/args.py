@@ -24,7 +24,7 @@ class ServeArgs:
     without showing it in the list of processes. Without a key every request is served."""
     served_model_name: Sequence[str] = ()
     """Names that requests may call the model by; the first is the one that answers show. Default: the model as it was
-    given."""
+    given, or ``default`` for the package's own."""
     compat: Literal["openai", "upstream"] = "openai"
     """Form of the answers of chats: OpenAI's, or upstream's where it is another (a choice of its own for sound; in
     streams sound and pictures in delta.content, with modality beside it)."""

@@ -6,7 +6,7 @@ import functools
 import gc
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -91,9 +91,14 @@ def _text(service: Service, args: TextArgs) -> None:
         service.adapters = frozenset(args.adapters())
 
 
+def served_names(args: ServeArgs, model: str) -> Sequence[str]:
+    """Names that requests may call ``model`` by; where the package lies is nobody's business."""
+    return args.served_model_name or ("default" if model == str(omni_args.DEFAULT_MODEL) else model,)
+
+
 def _serve(args: ServeArgs, text: TextArgs, omni: AsyncOmni, sock: socket.socket, limits: Limits) -> None:
     model = next((str(s.engine_args["model"]) for s in omni.pipeline.stages if "model" in s.engine_args), "model")
-    service = Service(omni, args, args.served_model_name or (model,))
+    service = Service(omni, args, served_names(args, model))
     _text(service, text)
     name_in_log()
     config = uvicorn.Config(
