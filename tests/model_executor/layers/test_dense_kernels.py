@@ -1,9 +1,5 @@
 """Kernels give what plain PyTorch gives: all of them in Triton's interpreter, the code predictor's on a GPU."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.model_executor.interpreted import interpret, without_gpu
 from vllm_omni.model_executor.models.qwen3_omni.code_predictor import CodePredictor
 
-ROOT = Path(__file__).parents[3]
 TINY = SimpleNamespace(
     vocab_size=128,
     hidden_size=64,
@@ -91,23 +87,16 @@ def compare_products(dtype: torch.dtype, kinds: tuple[str, ...], device: str) ->
             torch.testing.assert_close(got.float(), x.float() @ weight.float().T + residual.float(), **close)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves are tested below")
+@without_gpu
 def test_interpreted_kernels() -> None:
-    """In Triton's interpreter; float16 has 16-bit logits, which are searched differently. Of bfloat16 the interpreter
-    can only do the product that takes words apart. A process of its own: Triton reads the switch when it is imported.
-    """
-    pytest.importorskip("triton")
-    command = (
-        "import torch; from tests.model_executor.layers import test_dense_kernels, test_snake_kernel\n"
-        "with torch.inference_mode():\n"
-        "    for dtype in (torch.float32, torch.float16): test_dense_kernels.compare(dtype)\n"
-        "    test_dense_kernels.compare_products(torch.float16, ('split', 'looped'), 'cpu')\n"
-        "    test_dense_kernels.compare_products(torch.bfloat16, ('vector',), 'cpu')\n"
-        "    test_snake_kernel.compare('cpu'); print('equal')"
-    )
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", command], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.endswith("equal\n"), done.stderr
+    """float16 has 16-bit logits, which are searched differently. Of bfloat16 the interpreter can only do the product
+    that takes words apart."""
+    interpret("""
+    from tests.model_executor.layers import test_dense_kernels, test_snake_kernel
+    for dtype in (torch.float32, torch.float16): test_dense_kernels.compare(dtype)
+    test_dense_kernels.compare_products(torch.float16, ('split', 'looped'), 'cpu')
+    test_dense_kernels.compare_products(torch.bfloat16, ('vector',), 'cpu')
+    test_snake_kernel.compare('cpu')""")
 
 
 @pytest.mark.gpu

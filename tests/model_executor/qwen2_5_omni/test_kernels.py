@@ -1,19 +1,15 @@
 """The flow with kernels gives what PyTorch gives: in Triton's interpreter, and with the released sizes on a GPU."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.model_executor.interpreted import interpret, without_gpu
 from vllm_omni.model_executor.models.qwen2_5_omni.dit import CodecDiT
 from vllm_omni.model_executor.models.qwen2_5_omni.flow import FlowInput, FlowSettings, MelSampler
 
-ROOT = Path(__file__).parents[3]
 TINY: dict[str, Any] = {
     "hidden_size": 48,
     "num_hidden_layers": 3,
@@ -80,18 +76,9 @@ def compare(config: dict[str, Any], device: str) -> None:
     assert off < 1e-4 * want.abs().max()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves are tested below")
+@without_gpu
 def test_interpreted_kernels() -> None:
-    """A process of its own: Triton reads the switch when it is imported."""
-    pytest.importorskip("triton")
-    command = (
-        "import torch; from tests.model_executor.qwen2_5_omni.test_kernels import TINY, compare\n"
-        "with torch.inference_mode(): compare(TINY, 'cpu')\n"
-        "print('equal')"
-    )
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", command], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.endswith("equal\n"), done.stderr
+    interpret("from tests.model_executor.qwen2_5_omni.test_kernels import TINY, compare; compare(TINY, 'cpu')")
 
 
 @torch.inference_mode()
