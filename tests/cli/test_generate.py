@@ -155,6 +155,7 @@ def test_on_a_terminal_there_are_bars_and_colours(stages: Path, tmp_path: Path) 
         (("a", "--dtype", "float32"), "dtype"),
         (("a", "-o", "a.jpg"), "is written as .png"),
         (("a", "-o", "a.png", "--output-type", "np"), "is written as .npy"),
+        (("a", "-o", "/dev/null/a.png"), "output cannot be written"),
         (("refused",), "told to refuse"),
     ],
 )

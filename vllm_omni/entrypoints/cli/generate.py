@@ -18,7 +18,7 @@ from vllm_omni.entrypoints.cli.groups import OMNI_GROUPS, SAMPLING, omni_argumen
 from vllm_omni.entrypoints.cli.pictures import Recipe
 from vllm_omni.entrypoints.cli.progress import GenerationProgress
 from vllm_omni.entrypoints.cli.prompts import BadRow, PromptRow, read_rows
-from vllm_omni.errors import OmniError, RequestError, StageDeadError, StageError
+from vllm_omni.errors import ConfigError, OmniError, RequestError, StageDeadError, StageError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniSamplingParams
 
 if TYPE_CHECKING:
@@ -208,8 +208,10 @@ class _Drawing:
                 params = job.sampling_params(omni.default_sampling_params_list)
                 async for out in omni.generate(row.as_prompt(), name, params, on_progress=on_progress):
                     self._write(job, out)
-            except (StageDeadError, OSError):
+            except StageDeadError:
                 raise
+            except OSError as error:
+                raise ConfigError(f"output cannot be written: {error}", field="output") from error
             except OmniError as error:
                 if row.line == 0:
                     raise
