@@ -22,6 +22,7 @@ from vllm_omni.errors import ConfigError, OmniError
 from vllm_omni.model_executor.models.interfaces import OmniRequestState, OmniWarmUp
 from vllm_omni.worker.emission import Sender
 from vllm_omni.worker.lora import cpu_lora_manager
+from vllm_omni.worker.moe_runner import use_expert_kernels
 from vllm_omni.worker.payload import OmniPayload, payload_of, unpack
 
 if current_platform.is_cpu():
@@ -59,6 +60,8 @@ class OmniGPUModelRunner(VllmModelRunner):
         super().load_model(*args, **kwargs)
         self._omni_rank = get_tp_group().rank_in_group
         self._find_hooks(self.get_model())
+        with torch.inference_mode():
+            use_expert_kernels(self.get_model(), self.device)
 
     def load_lora_model(self, model: Any, vllm_config: VllmConfig, device: torch.device) -> Any:
         """vLLM's own; on CPU with a manager under which a step may hold requests without an adapter as well."""

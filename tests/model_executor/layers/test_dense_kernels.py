@@ -148,7 +148,7 @@ def test_products_of_every_cut() -> None:
 def test_early_kernels_wait_for_what_they_read(batch: int) -> None:
     """Frames in a graph, for two inputs in turn, are the same as without overlap, every time."""
     from vllm_omni.model_executor.layers.graphed import record
-    from vllm_omni.model_executor.layers.product_kernels import OFF, can_overlap, overlap, set_overlap
+    from vllm_omni.model_executor.layers.overlap import OFF, can_overlap, overlap, set_overlap
 
     model = draw(FULL, torch.bfloat16, "cuda")
     inputs = torch.randn(2, 2, batch, FULL.hidden_size, device="cuda", dtype=torch.bfloat16)

@@ -10,28 +10,14 @@ of 16 and heads powers of two. Imported only where there is a GPU.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from triton.errors import TritonError
 
-from vllm_omni.logger import init_logger
 from vllm_omni.model_executor.layers.dense import DenseLayer, DenseSpec, rope_table
-from vllm_omni.model_executor.layers.graphed import record
-from vllm_omni.model_executor.layers.product_kernels import (
-    EARLY,
-    OFF,
-    announce,
-    can_overlap,
-    follow,
-    overlap,
-    product,
-    set_overlap,
-)
-
-logger = init_logger(__name__)
+from vllm_omni.model_executor.layers.overlap import announce, checked_overlap, follow, overlap, repeats
+from vllm_omni.model_executor.layers.product_kernels import product
 
 Rope = tuple[torch.Tensor, ...]
 ATTENTION_WARPS = 2
@@ -42,8 +28,6 @@ CHOOSE_WAYS = 4
 """Parts into which a search for a limit cuts its range at a time; a power of two."""
 CHECKED = (1, 8, 32)
 """Batches that ``check`` runs: of one and of two rows each, all plans for products."""
-REPEATS = 20
-"""Runs of a graph in ``check``."""
 
 
 @triton.jit
@@ -290,15 +274,7 @@ def check(spec: DenseSpec, vocabulary: int, device: torch.device, dtype: torch.d
 
     Where the GPU can, kernels start early from now on, if that gives the same.
     """
-    set_overlap(device, OFF)
-    wrong = _check(spec, vocabulary, device, dtype)
-    if wrong is None and can_overlap(device):
-        set_overlap(device, EARLY)
-        early = _check(spec, vocabulary, device, dtype)
-        if early is not None:
-            set_overlap(device, OFF)
-            logger.warning("kernels wait for each other's end on %s: started early, %s", device, early)
-    return wrong
+    return checked_overlap(device, lambda: _check(spec, vocabulary, device, dtype))
 
 
 def _check(spec: DenseSpec, vocabulary: int, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -360,27 +336,9 @@ def _check_batch(batch: int, layer: DenseLayer, table: torch.Tensor) -> str | No
     logits, embedded = chosen()
     if not torch.equal(embedded, table[logits.argmax(-1)]):
         return "wrong codes are chosen"
-    if device.type == "cuda" and not _repeats(lambda: (run(True), *chosen()), x, inputs):
+    if device.type == "cuda" and not repeats(lambda: (run(True), *chosen()), x, inputs):
         return "a graph of them gives something else each time"
     return None
-
-
-def _repeats(function: Callable[[], tuple[torch.Tensor, ...]], x: torch.Tensor, inputs: torch.Tensor) -> bool:
-    """Whether a graph of ``function``, which reads ``x``, gives the same each time it is run on the same of ``inputs``.
-
-    The inputs take turns, so that a kernel that comes too early finds what another input left.
-    """
-    graph, results = record(function, None)
-    first: list[tuple[torch.Tensor, ...]] = []
-    for turn in range(REPEATS):
-        x.copy_(inputs[turn % len(inputs)])
-        graph.replay()
-        found = tuple(result.clone() for result in results)
-        if turn < len(inputs):
-            first.append(found)
-        elif not all(map(torch.equal, found, first[turn % len(inputs)])):
-            return False
-    return True
 
 
 def run_layer(layer: DenseLayer, x: torch.Tensor, rope: Rope, past: torch.Tensor, start: int, new: int) -> torch.Tensor:

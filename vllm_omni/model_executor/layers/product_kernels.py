@@ -1,10 +1,7 @@
 """Triton kernels for products of a few rows with a large weight, one kernel after the other on a GPU.
 
-Such a product is bound by reading its weight. On GPUs that can (compute capability 9 and up) a kernel starts while the
-one before it still runs: it loads its weight into registers, waits for the end of the kernel before it, and only then
-reads what that one wrote (programmatic dependent launch, CUDA programming guide). Two rules make that safe. Every
-kernel of a chain waits before it reads or writes anything but weights; and a weight is not written by the few kernels
-before the one that reads it. So after its wait a kernel may use whatever any earlier kernel wrote.
+Such a product is bound by reading its weight. Where kernels may start early (``overlap``) it loads its weight into
+registers before it waits for the kernel in front.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment"
@@ -16,6 +13,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
+from vllm_omni.model_executor.layers.overlap import announce, follow, overlap
 
 PROGRAMS = 128
 """Programs of a product by ``_looped``."""
@@ -71,39 +70,6 @@ PLANS: dict[tuple[int, int, int, bool], Plan] = {
     (64, 4096, 1024, False): Plan("split", 16, 4, 128),
 }
 """Measured plans; sizes that are not here are planned by ``plan``."""
-
-OFF, EARLY = 0, 1
-"""When the next kernel may start: after this one, or at once."""
-_overlap: dict[torch.device, int] = {}
-
-
-def overlap(device: torch.device) -> int:
-    """When kernels on ``device`` let the next one start."""
-    return _overlap.get(device, OFF)
-
-
-def set_overlap(device: torch.device, when: int) -> None:
-    """Choose when kernels on ``device`` let the next one start; only ``OFF`` where it ``can_overlap`` not."""
-    _overlap[torch.empty(0, device=device).device] = when  # with its number
-
-
-def can_overlap(device: torch.device) -> bool:
-    """Whether the GPU has programmatic dependent launch."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@triton.jit
-def announce(launch_pdl: tl.constexpr):
-    """First in a kernel: the next one may start."""
-    if launch_pdl != 0:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def follow(launch_pdl: tl.constexpr):
-    """Wait for the end of the kernel before."""
-    if launch_pdl != 0:
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
