@@ -10,7 +10,12 @@ from typing import NamedTuple
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -39,9 +44,11 @@ def layers(sizes: Sizes, count: int, device: torch.device) -> Iterator[list[Qwen
     config = VllmConfig()
     cuda = device.type == "cuda"
     with set_current_vllm_config(config), tempfile.TemporaryDirectory() as folder:
-        if not torch.distributed.is_initialized():
-            init_distributed_environment(1, 0, f"file://{folder}/meet", 0, "nccl" if cuda else "gloo")
-            initialize_model_parallel()
+        ours = not torch.distributed.is_initialized()
+        if ours:
+            # One process needs no NCCL, whose threads outlive the interpreter.
+            init_distributed_environment(1, 0, f"file://{folder}/meet", 0, "gloo")
+            initialize_model_parallel(backend="gloo")
         if cuda:
             from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manager_initialized
 
@@ -75,5 +82,10 @@ def layers(sizes: Sizes, count: int, device: torch.device) -> Iterator[list[Qwen
                 parameter.data.normal_(0.0, parameter.shape[-1] ** -0.5)
             process_weights_after_loading(block, model, device)
             moe_runner.use_expert_kernels(block, device)
-        with set_forward_context(None, config):
-            yield built
+        try:
+            with set_forward_context(None, config):
+                yield built
+        finally:
+            if ours:
+                destroy_model_parallel()
+                destroy_distributed_environment()
