@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.ar_support import StageSet
-from tests.model_executor.qwen2_5_omni.support import MODALITIES, Pipeline, Reference, make_prompt
+from tests.model_executor.qwen2_5_omni.support import Pipeline, Reference, make_prompt
 from tests.model_executor.qwen2_5_omni.test_token2wav import some_codes, sound
+from tests.model_executor.support import MODALITIES
 from vllm_omni.model_executor.tiny_models.qwen2_5_omni import make_tiny_qwen2_5_omni
 
 pytestmark = pytest.mark.gpu
@@ -65,7 +66,7 @@ def test_a_batch_of_windows_equals_each_alone(pipeline: tuple[Pipeline, Referenc
     """Lengths on both sides of a block and of what is captured, of the flow and of the vocoder."""
     stages, reference = pipeline
     requests = [{"codes": some_codes(count, count), "speaker": "Ethan"} for count in (5, 12, 24, 30, 30, 48, 96)]
-    for request, got in zip(requests, sound(stages.token2wav, requests), strict=True):
-        (alone,) = sound(stages.token2wav, [request])
+    for request, got in zip(requests, sound(stages.vocoder, requests), strict=True):
+        (alone,) = sound(stages.vocoder, [request])
         torch.testing.assert_close(got, alone, atol=1e-3, rtol=0)
         torch.testing.assert_close(got.cpu(), reference.sound(request["codes"], "Ethan"), atol=1e-3, rtol=0)

@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from tests.ar_support import StageSet
-from tests.model_executor.qwen3_omni.support import MODALITIES, Pipeline, Reference, make_prompt
+from tests.model_executor.qwen3_omni.support import Pipeline, Reference, make_prompt
+from tests.model_executor.support import MODALITIES
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.model_executor.tiny_models.qwen3_omni import make_tiny_qwen3_omni
 from vllm_omni.model_executor.tiny_models.stages import tiny_stages
@@ -89,10 +90,10 @@ def test_a_batch_of_windows_equals_each_alone(pipeline: Pipeline, reference: Ref
     generator = torch.Generator().manual_seed(0)
     windows = [torch.randint(0, 128, (frames, 16), generator=generator) for frames in (1, 4, 8, 9, 16, 25, 70)]
     prompts = [{"additional_information": {"codes": codes.int()}} for codes in windows]
-    for codes, prompt, result in zip(windows, prompts, pipeline.code2wav.ask(prompts), strict=True):
+    for codes, prompt, result in zip(windows, prompts, pipeline.vocoder.ask(prompts), strict=True):
         assert result.error is None
         got = result.payloads[0]["audio"]
-        torch.testing.assert_close(got, pipeline.code2wav.ask([prompt])[0].payloads[0]["audio"], atol=1e-3, rtol=0)
+        torch.testing.assert_close(got, pipeline.vocoder.ask([prompt])[0].payloads[0]["audio"], atol=1e-3, rtol=0)
         with torch.inference_mode():
             want = reference.model.code2wav(codes.T[None])[0, 0]
         torch.testing.assert_close(got.cpu(), want, atol=1e-3, rtol=0)

@@ -48,7 +48,8 @@ def samples(data: str) -> Any:
 @pytest.fixture(scope="module")
 def expected(omni_checkpoint: Path) -> tuple[str, Any]:
     """Text and waveform that transformers makes of ``ASK``."""
-    from tests.model_executor.qwen3_omni.support import Prompt, Reference
+    from tests.model_executor.qwen3_omni.support import Reference
+    from tests.model_executor.support import Prompt
 
     reference = Reference(omni_checkpoint)
     text = reference.processor.apply_chat_template(ASK, add_generation_prompt=True, tokenize=False)

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 from tests.entrypoints.openai.server import Server, error_of
-from tests.model_executor.qwen2_5_omni.support import SAMPLES_PER_CODE, Prompt, Reference
+from tests.model_executor.qwen2_5_omni.support import SAMPLES_PER_CODE, Reference
 from tests.model_executor.qwen2_5_omni.test_end2end import CODES, TOKENS, short_stages
+from tests.model_executor.support import Prompt
 
 PATH = "/v1/chat/completions"
 ASK: list[Any] = [{"role": "user", "content": "what is it"}]

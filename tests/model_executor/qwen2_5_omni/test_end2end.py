@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 
 from tests.model_executor.example import EXAMPLES, check_answer, command
-from tests.model_executor.qwen2_5_omni.support import MODALITIES, PENALTY, SAMPLES_PER_CODE, Reference, make_prompt
+from tests.model_executor.qwen2_5_omni.support import PENALTY, SAMPLES_PER_CODE, Reference, make_prompt
+from tests.model_executor.support import MODALITIES
 from vllm_omni.config.stage import load_stage_configs
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.entrypoints.omni_args import STAGE_CONFIGS

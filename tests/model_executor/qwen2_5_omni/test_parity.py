@@ -6,16 +6,8 @@ import pytest
 import torch
 
 from tests.ar_support import StageSet
-from tests.model_executor.qwen2_5_omni.support import (
-    MODALITIES,
-    SAMPLES_PER_CODE,
-    Pipeline,
-    Prompt,
-    Reference,
-    Spoken,
-    make_prompt,
-    thinker_params,
-)
+from tests.model_executor.qwen2_5_omni.support import SAMPLES_PER_CODE, Pipeline, Reference, make_prompt
+from tests.model_executor.support import MODALITIES, Prompt, Spoken
 
 TOKENS, CODES = 8, 30
 STREAM = {
@@ -123,10 +115,10 @@ def test_sound_comes_before_the_last_code(pipeline: Pipeline, prompts: dict[str,
     early: list[bool] = []
 
     def watch() -> None:
-        done = any(result.finished for result in pipeline.token2wav.results.values() if result is not None)
+        done = any(result.finished for result in pipeline.vocoder.results.values() if result is not None)
         early.append(done and pipeline.talker.scheduler.has_requests())
 
-    pipeline.token2wav.results.clear()
+    pipeline.vocoder.results.clear()
     pipeline.speak([prompts["text"]], TOKENS, 60, stream=True, extra=STREAM, on_step=watch)
     assert sum(early) > 20
 
@@ -149,7 +141,7 @@ def test_the_thinker_may_end_early(pipeline: Pipeline, reference: Reference, pro
     plain = reference.speak(prompts["text"], TOKENS, 2).tokens
     end = plain[4]
     assert end not in plain[:4]
-    params = thinker_params(TOKENS, stop_token_ids=[end])
+    params = pipeline.thinker_params(TOKENS, stop_token_ids=[end])
     want = reference.speak(prompts["text"], TOKENS, CODES, thinker_eos_token_id=end)
     check(pipeline.speak([prompts["text"]], TOKENS, CODES, thinker=params)[0], want)
 

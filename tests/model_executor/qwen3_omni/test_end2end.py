@@ -21,7 +21,8 @@ import yaml
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from tests.model_executor.example import check_answer, command
-from tests.model_executor.qwen3_omni.support import MODALITIES, Reference, make_prompt
+from tests.model_executor.qwen3_omni.support import Reference, make_prompt
+from tests.model_executor.support import MODALITIES
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.errors import ConfigError, RequestAborted, RequestError
 from vllm_omni.model_executor.tiny_models.stages import tiny_stages

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.ar_support import StageSet
-from tests.model_executor.qwen3_omni.support import MODALITIES, Pipeline, Prompt, Reference, Spoken, make_prompt
+from tests.model_executor.qwen3_omni.support import Pipeline, Reference, make_prompt
+from tests.model_executor.support import MODALITIES, Prompt, Spoken
 
 TOKENS, FRAMES = 8, 16
 STREAM = {"initial_codec_chunk_frames": 2, "codec_chunk_frames": 6}
@@ -84,9 +85,9 @@ def test_streamed_sound_comes_before_the_text_ends(pipeline: Pipeline, prompts: 
 
     def look() -> None:
         busy = [stage.scheduler.has_requests() for stage in (pipeline.thinker, pipeline.talker)]
-        heard = any(result.payloads for name, result in pipeline.code2wav.results.items() if name not in before)
+        heard = any(result.payloads for name, result in pipeline.vocoder.results.items() if name not in before)
         order.append((busy[0], busy[1], heard))
 
-    before = set(pipeline.code2wav.results)
+    before = set(pipeline.vocoder.results)
     pipeline.speak([prompts["text"]], 20, 24, stream=True, extra=STREAM, on_step=look)
     assert (True, True, True) in order  # sound while thinker and talker still work

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.ar_support import Stage, StageSet
-from tests.model_executor.qwen3_omni.support import SYSTEM, Pipeline, Prompt, Reference, make_prompt
+from tests.model_executor.qwen3_omni.support import SYSTEM, Pipeline, Reference, make_prompt
+from tests.model_executor.support import Prompt
 from vllm_omni.errors import RequestError
 
 TOKENS, FRAMES = 10, 12
