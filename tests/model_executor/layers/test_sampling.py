@@ -10,6 +10,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 from vllm.v1.sample.sampler import Sampler
 
+from tests.model_executor.interpreted import interpret, without_gpu
 from vllm_omni.model_executor.layers.sampling import Rules, TokenSampler
 
 VOCABULARY = 40
@@ -134,3 +135,23 @@ def test_draws_have_vllms_distribution(temperature: float, top_k: int, top_p: fl
     found = torch.bincount(got[1:], minlength=VOCABULARY) / (count - 1)
     assert set(found.nonzero().flatten().tolist()) <= set(want.nonzero().flatten().tolist())
     assert (found - want).abs().sum() < 0.1
+
+
+@without_gpu
+def test_interpreted_kernels() -> None:
+    """Same tokens, same record, for every kind of row."""
+    interpret("""
+    from vllm_omni.model_executor.layers import sampling_kernels
+    torch.manual_seed(0)
+    assert sampling_kernels.check(40, torch.device('cpu')) is None
+    assert 'tokens' in sampling_kernels.check(20000, torch.device('cpu'))""")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [3072, 8448])
+@torch.inference_mode()
+def test_kernels_of_released_sizes(vocabulary: int) -> None:
+    from vllm_omni.model_executor.layers import sampling_kernels
+
+    for _ in range(5):
+        assert sampling_kernels.check(vocabulary, torch.device("cuda")) is None

@@ -114,13 +114,13 @@ def _rounds(span, ROUNDS: tl.constexpr, WAYS: tl.constexpr):
 
 
 @triton.jit
-def _likeliest(key, low, high, TOP_K: tl.constexpr, ROUNDS: tl.constexpr, WAYS: tl.constexpr):
-    """The largest number that TOP_K keys reach, given that as many reach ``low`` and fewer reach ``high``."""
+def _likeliest(key, low, high, top_k, ROUNDS: tl.constexpr, WAYS: tl.constexpr):
+    """The largest number that ``top_k`` keys reach, given that as many reach ``low`` and fewer reach ``high``."""
     way = 1 + tl.arange(0, WAYS)
     rounds, step = _rounds(high - low, ROUNDS, WAYS)
     for _ in range(rounds):
         reached = tl.sum((key[:, None] >= (low + step * way)[None, :]).to(tl.int32), axis=0)
-        low += step * tl.sum((reached >= TOP_K).to(tl.int32), axis=0)
+        low += step * tl.sum((reached >= top_k).to(tl.int32), axis=0)
         step = step // WAYS
     return low
 

@@ -20,16 +20,19 @@ class ExpertPlan:
     router_columns: int = 2
     """Experts whose logits a program finds."""
     router_warps: int = 2
-    up_columns: int = 8
+    up_columns: int = 16
     """Columns of the inner result a program owns."""
     up_warps: int = 8
-    down_columns: int = 4
+    down_columns: int = 2
     """Columns of the result a program owns."""
-    down_warps: int = 4
+    down_warps: int = 8
 
 
-# By (hidden, inner, shared inner, experts a row).
-PLANS: dict[tuple[int, int, int, int], ExpertPlan] = {}
+# By (hidden, inner, shared inner, experts a row): Qwen3-Omni-30B-A3B's talker and thinker on one H200.
+PLANS: dict[tuple[int, int, int, int], ExpertPlan] = {
+    (1024, 384, 768, 6): ExpertPlan(router_columns=4, router_warps=4, down_warps=4),
+    (2048, 768, 0, 8): ExpertPlan(),
+}
 """Measured plans; sizes that are not here take the defaults."""
 
 

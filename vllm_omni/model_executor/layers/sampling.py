@@ -4,7 +4,8 @@ vLLM's own ``Sampler`` builds its tensors anew on the host in every step: the to
 dozen launches for penalties alone. Here what a request asks for and what it has said stand on the device, in a slot
 that is its own; a row of the batch names its slot. A step is tensor operations only: minimum of tokens, repetition
 penalty, temperature, top-k, top-p, a draw with exponential noise. Order and arithmetic are those of
-``vllm.v1.sample.sampler.Sampler``, by vLLM's own functions where they keep shapes static.
+``vllm.v1.sample.sampler.Sampler``, by vLLM's own functions where they keep shapes static, or on a GPU in two kernels
+(``sampling_kernels``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ import numpy as np
 import torch
 from vllm._custom_ops import apply_repetition_penalties
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
 
 GREEDY_BELOW = 1e-5
 """vLLM takes the likeliest token at temperatures below this."""
@@ -63,6 +68,17 @@ class TokenSampler:
         self._least = torch.zeros(rows + 1, dtype=torch.int64)
         self._log = torch.zeros(rows + 1, length, dtype=torch.int32)
         self._one = torch.ones(rows, dtype=torch.int64)
+        self.kernels = False
+        """Whether the work is done by ``sampling_kernels``."""
+
+    def use_kernels(self) -> None:
+        """Work by ``sampling_kernels`` from now on, if they work on this machine."""
+        from vllm_omni.model_executor.layers import sampling_kernels  # Triton: only where there is a GPU
+
+        wrong = sampling_kernels.check(self.vocabulary, self._rules.device)
+        if wrong is not None:
+            logger.warning("tokens are sampled by PyTorch's operations: %s", wrong)
+        self.kernels = wrong is None
 
     # -- on the host, when requests come and go --
 
@@ -93,6 +109,11 @@ class TokenSampler:
         tokens: list[int] = self._log[slot, :count].tolist()
         return tokens
 
+    def agrees(self, other: TokenSampler) -> bool:
+        """Whether the slots have said the same. Waits for the device."""
+        mine, others = ((x._seen[:-1], x._made[:-1], x._log[:-1]) for x in (self, other))
+        return all(map(torch.equal, mine, others))
+
     def _upload(self, target: torch.Tensor, values: np.ndarray) -> None:
         source = torch.from_numpy(np.ascontiguousarray(values))
         # A pinned copy of its own: the next one must not change what is still being read.
@@ -107,6 +128,11 @@ class TokenSampler:
     def sample(self, logits_BV: torch.Tensor, noise_BV: torch.Tensor) -> torch.Tensor:
         """Next tokens [B] int64 of the first B rows; ``noise`` are exponential draws, unused in greedy rows."""
         batch = logits_BV.shape[0]
+        if self.kernels:
+            from vllm_omni.model_executor.layers import sampling_kernels
+
+            state = self._rules, self._seen, self._stops, self._made, self._least
+            return sampling_kernels.sample(logits_BV, noise_BV, *state, GREEDY_BELOW)
         slots, (temperature, top_k, top_p, penalty) = self._slots(batch), self._rules[:batch, 1:].unbind(1)
         early = (self._made[slots] < self._least[slots])[:, None]
         logits = logits_BV.to(torch.float32).masked_fill(early & self._stops[slots], float("-inf"))
@@ -120,6 +146,11 @@ class TokenSampler:
 
     def keep(self, tokens_B: torch.Tensor) -> None:
         """Note what the first B rows said, whoever sampled it."""
+        if self.kernels:
+            from vllm_omni.model_executor.layers import sampling_kernels
+
+            sampling_kernels.keep(tokens_B, self._rules, self._seen, self._log, self._made)
+            return
         batch = tokens_B.shape[0]
         slots = self._slots(batch)
         self._seen.view(-1).index_fill_(0, slots * self.vocabulary + tokens_B, True)
