@@ -6,7 +6,6 @@ others hold. Graphs are captured up to the number of clients.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,14 +45,6 @@ FAMILIES = {
     ),
 }
 MAX_LEN = 8192
-TINY_LEN = 512
-TINY: dict[str, Any] = {
-    "dtype": "float32",
-    "max_model_len": TINY_LEN,
-    "max_num_seqs": 8,
-    "kv_cache_memory_bytes": 16 << 20,
-    "distributed_executor_backend": "uni",
-}
 
 
 def write_model(name: str, folder: Path, tiny: bool) -> Path:
@@ -80,7 +71,9 @@ def vocabulary(folder: Path) -> dict[str, Any]:
 def thinker_args(name: str, tiny: bool, kv_gib: float | None = None) -> dict[str, Any]:
     """Engine arguments of the thinker, ours or plain vLLM's."""
     if tiny:
-        return {**TINY, "load_format": "dummy", "enforce_eager": True, "skip_mm_profiling": True}
+        from vllm_omni.model_executor.tiny_models.stages import AR, SIZES
+
+        return {**SIZES, **AR, "load_format": "dummy", "distributed_executor_backend": "uni"}
     return {
         "load_format": "dummy",
         "dtype": "bfloat16",
@@ -99,15 +92,16 @@ def stage_file(
 ) -> Path:
     """The packaged stage configuration for ``gpus`` GPUs with fixed memory, written beside the model; stages ``eager``
     run without compilation and graphs."""
-    from vllm_omni.entrypoints.omni_args import STAGE_CONFIGS
+    from vllm_omni.model_executor.tiny_models.stages import STAGE_CONFIGS, tiny_stages
 
     thinker_kv, talker_kv = kv_gib or FAMILIES[name].kv_gib
-    values = yaml.safe_load((STAGE_CONFIGS / FAMILIES[name].configs[gpus]).read_text())
+    config = STAGE_CONFIGS / FAMILIES[name].configs[gpus]
+    values = tiny_stages(folder, config.stem) if tiny else yaml.safe_load(config.read_text())
     for stage in values["stage_args"]:
         args = stage["engine_args"]
         args |= {"load_format": "dummy", "worker_extension_cls": "random_weights.RandomWeights"}
         if tiny:
-            _tiny_stage(stage, folder)
+            args |= {"distributed_executor_backend": "uni"}
         elif stage["stage_id"] == 0:
             args |= thinker_args(name, tiny, thinker_kv)
         elif stage["stage_id"] == 1:
@@ -128,17 +122,3 @@ def stage_file(
     path = folder / "stages.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
-
-
-def _tiny_stage(stage: dict[str, Any], folder: Path) -> None:
-    args = stage["engine_args"]
-    for key in ("gpu_memory_utilization", "max_num_batched_tokens"):
-        args.pop(key, None)
-    args |= TINY
-    config = json.loads((folder / "config.json").read_text())["talker_config"]
-    if stage["stage_type"] == "ar":
-        args |= {"enforce_eager": True, "skip_mm_profiling": True}
-    if 24 in args.get("hidden_layers", ()):
-        args["hidden_layers"] = [config["accept_hidden_layer"]]
-    if "codec_eos_token_id" in config and stage["stage_id"] == 1:
-        stage["default_sampling_params"]["stop_token_ids"] = [config["codec_eos_token_id"]]

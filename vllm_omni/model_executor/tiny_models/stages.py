@@ -9,7 +9,10 @@ from typing import Any
 import yaml
 
 STAGE_CONFIGS = Path(__file__).parent.parent / "stage_configs"
-_SIZES = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "kv_cache_memory_bytes": 16 << 20}
+SIZES = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "kv_cache_memory_bytes": 16 << 20}
+"""Engine arguments of every stage."""
+AR = {"enforce_eager": True, "skip_mm_profiling": True}
+"""Those of autoregressive stages besides: what takes long to prepare and tiny models gain nothing from."""
 _OF_LARGE_ONES = ("gpu_memory_utilization", "max_num_batched_tokens")
 _STEPS = {"thinker": 32, "talker": 64}
 """The most that a stage makes: a random model ends nothing by itself."""
@@ -24,9 +27,9 @@ def tiny_stages(checkpoint: Path, name: str | None = None) -> dict[str, Any]:
     config = json.loads((checkpoint / "config.json").read_text())
     values: dict[str, Any] = yaml.safe_load((STAGE_CONFIGS / f"{name or config['model_type']}.yaml").read_text())
     for stage in values["stage_args"]:
-        args = {key: value for key, value in stage["engine_args"].items() if key not in _OF_LARGE_ONES} | _SIZES
+        args = {key: value for key, value in stage["engine_args"].items() if key not in _OF_LARGE_ONES} | SIZES
         if stage["stage_type"] == "ar":
-            args |= {"enforce_eager": True, "skip_mm_profiling": True}
+            args |= AR
             stage["default_sampling_params"]["max_tokens"] = _STEPS[args["model_stage"]]
         talker = config["talker_config"]
         if "accept_hidden_layer" in talker and "hidden_layers" in args:
