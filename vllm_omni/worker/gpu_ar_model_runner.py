@@ -1,8 +1,9 @@
 """``GPUARModelRunner``: an autoregressive stage of a graph.
 
-Four methods of vLLM's V1 runner are extended, none is copied::
+Five methods of vLLM's V1 runner are extended, none is copied::
 
     _update_states   opens, feeds and closes request states
+    _prepare_inputs  is passed over where the last step's inputs need only move on (``worker/decode_inputs.py``)
     _preprocess      lets the model overwrite input embeddings with what an earlier stage sent
     _sample          lets the model sample, where it does so as the requests ask; keeps the tokens
     sample_tokens    calls the model's step hook and attaches hidden states and its outputs
@@ -24,6 +25,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput, SamplerOu
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_omni.errors import ConfigError, OmniError
+from vllm_omni.model_executor.layers.graphed import batch_sizes
 from vllm_omni.model_executor.models.interfaces import (
     OmniDecodeEmbedder,
     OmniEmbedder,
@@ -33,6 +35,7 @@ from vllm_omni.model_executor.models.interfaces import (
     OmniStepper,
     StepOutputs,
 )
+from vllm_omni.worker.decode_inputs import DecodeInputs
 from vllm_omni.worker.emission import Emission, HeldRows, OmniAsyncOutput, Row
 from vllm_omni.worker.model_runner import OmniGPUModelRunner
 from vllm_omni.worker.sampling import RequestSampler
@@ -65,6 +68,7 @@ class GPUARModelRunner(OmniGPUModelRunner):
         self._choosing: RequestSampler | None = None
         self._works = False
         self._positioner: OmniPositioner | None = None
+        self._decode_inputs: DecodeInputs | None = None
         self._embeddings: torch.Tensor | None = None
         self._sampled: torch.Tensor | None = None
         self._step_rows: list[Row] = []
@@ -75,6 +79,8 @@ class GPUARModelRunner(OmniGPUModelRunner):
     def _find_hooks(self, model: torch.nn.Module) -> None:
         self._embedder = model if isinstance(model, OmniEmbedder) else None
         self._decode_embedder = model if isinstance(model, OmniDecodeEmbedder) else None
+        if self._decode_embedder is not None and DecodeInputs.able(self):
+            self._decode_inputs = DecodeInputs(self)
         self._stepper = model if isinstance(model, OmniStepper) else None
         self._sampler = model if isinstance(model, OmniSampler) else None
         if self._sampler is not None:
@@ -110,6 +116,28 @@ class GPUARModelRunner(OmniGPUModelRunner):
         if self._choosing is not None:
             self._choosing.update(scheduler_output, self.input_batch, self.requests)
         return deferred
+
+    def omni_warm_up(self) -> None:
+        """The model's preparation, and that of decode steps."""
+        super().omni_warm_up()
+        if self._decode_inputs is not None and self.device.type == "cuda" and not self.model_config.enforce_eager:
+            with torch.inference_mode():
+                self._decode_inputs.capture(batch_sizes(self.max_num_reqs))
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        if self._decode_inputs is not None:
+            self._decode_inputs.forget()
+        return super()._dummy_run(*args, **kwargs)
+
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        decode = self._decode_inputs
+        if decode is None:
+            return super()._prepare_inputs(scheduler_output, *args, **kwargs)
+        prepared = decode.follow(scheduler_output)
+        if prepared is None:
+            prepared = super()._prepare_inputs(scheduler_output, *args, **kwargs)
+            decode.note(scheduler_output, prepared)
+        return prepared
 
     def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         # Where nothing is embedded they can wait until the GPU has work.

@@ -9,6 +9,7 @@ import torch
 from tests.ar_support import Stage, StageSet
 from tests.model_executor.qwen3_omni.support import SYSTEM, Pipeline, Reference, make_prompt
 from tests.model_executor.support import Prompt
+from tests.worker.test_decode_inputs import compared
 from vllm_omni.errors import RequestError
 
 TOKENS, FRAMES = 10, 12
@@ -92,6 +93,17 @@ def test_preempted_requests_say_the_same(pipeline: Pipeline, reference: Referenc
     assert preempted
     for got, want in zip(together, alone, strict=True):
         assert got.tokens == want.tokens
+        assert torch.equal(got.codes, want.codes)
+
+
+def test_inputs_that_are_moved_on(pipeline: Pipeline, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary positions as well, of a prompt whose positions do not end where its tokens do."""
+    prompts = [make_prompt(reference.processor, kind) for kind in ("image", "text")]
+    alone = [pipeline.speak([prompt], TOKENS, 20)[0] for prompt in prompts]
+    with compared(pipeline.talker, monkeypatch) as moved:
+        together = pipeline.speak(prompts, TOKENS, 20)
+    assert len(moved) > 10
+    for got, want in zip(together, alone, strict=True):
         assert torch.equal(got.codes, want.codes)
 
 
