@@ -118,7 +118,10 @@ class GPUARModelRunner(OmniGPUModelRunner):
         return deferred
 
     def omni_warm_up(self) -> None:
-        """The model's preparation, and that of decode steps."""
+        """That of sampling, the model's own, and that of decode steps."""
+        if self._sampler is not None and self._sampler.omni_sampler().able and self.device.type == "cuda":
+            with torch.inference_mode():
+                self._sampler.omni_sampler().use_kernels()
         super().omni_warm_up()
         if self._decode_inputs is not None and self.device.type == "cuda" and not self.model_config.enforce_eager:
             with torch.inference_mode():
