@@ -81,3 +81,11 @@ CUDA_VISIBLE_DEVICES = _register(
         "GPUs that may be used (indices or UUIDs); the devices of a stage count within this list.",
     )
 )
+CUDA_MPS_PIPE_DIRECTORY = _register(
+    EnvVar(
+        "CUDA_MPS_PIPE_DIRECTORY",
+        str,
+        None,
+        "Where processes find an MPS daemon that runs already; gpu_sharing=mps then uses that one and starts none.",
+    )
+)

@@ -78,13 +78,14 @@ def test_vllm_makes_its_sockets_there(parent: Path) -> None:
     from vllm.utils.network_utils import get_open_zmq_ipc_path
 
     runtime = RuntimeDirectory()
-    with runtime.entered():
+    with runtime.entered({"FOR_THE_ENGINE": "1"}):
         path = Path(get_open_zmq_ipc_path().removeprefix("ipc://"))
         assert path.parent == runtime.path
         inherited = subprocess.check_output(
-            [sys.executable, "-c", "import os; print(os.environ['VLLM_RPC_BASE_PATH'])"]
+            [sys.executable, "-c", "import os; print(os.environ['VLLM_RPC_BASE_PATH'], os.environ['FOR_THE_ENGINE'])"]
         )
-    assert Path(inherited.decode().strip()) == runtime.path
+    assert inherited.decode().split() == [str(runtime.path), "1"]
+    assert "FOR_THE_ENGINE" not in os.environ
     assert os.environ["VLLM_RPC_BASE_PATH"] == str(parent)
     assert rendezvous(str(runtime.path)) == f"file://{runtime.path}/{runtime.path.name}"
     runtime.remove()

@@ -156,6 +156,10 @@ class NoopStage(StageEngine):
         """What the engine was built with."""
         return self.args
 
+    def environment(self) -> dict[str, str]:
+        """Of its process."""
+        return dict(os.environ)
+
     def close(self) -> None:
         self.queue = []
 

@@ -1,8 +1,6 @@
 """Every argument of ``Omni`` does what it says, or is refused with a reason."""
 
-import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +26,6 @@ def tiny(tmp_path: Path) -> str:
     """A folder that looks like a diffusion checkpoint; nothing is loaded from it."""
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     return str(tmp_path)
-
-
-@pytest.fixture
-def log() -> Iterator[list[str]]:
-    """Lines that the package logs at INFO and above."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("vllm_omni")
-    level = logger.level
-    logger.setLevel("INFO")
-    logger.addHandler(handler)
-    yield lines
-    logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 def engine_args(**values: Any) -> dict[str, Any]:

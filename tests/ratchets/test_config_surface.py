@@ -28,7 +28,7 @@ DOCUMENTED = (
 ENVIRONMENT: dict[str, str] = {
     "vllm_omni.envs": "the table",
     "vllm_omni.diffusion.distributed.parallel_state": "keeps vLLM's CPU ranks off named shared memory",
-    "vllm_omni.distributed.runtime_directory": "where vLLM makes its sockets, while an engine is started",
+    "vllm_omni.distributed.runtime_directory": "where vLLM makes its sockets, and what the children of an engine get",
     "vllm_omni.engine.vllm_env": "what vLLM must find set in the processes that it starts",
     "vllm_omni.entrypoints.cli.generate": "a quieter log by default, for the stages too",
     "vllm_omni.diffusion.worker.diffusion_worker": "tells gloo which interface to listen on",

@@ -19,6 +19,7 @@ from vllm_omni.errors import ConfigError
 
 StageType = Literal["ar", "generation", "diffusion"]
 OutputType = Literal["text", "image", "audio", "video", "latents"]
+GpuSharing = Literal["time_slices", "mps"]
 Row = tuple[str, Any, str]
 
 
@@ -78,6 +79,8 @@ class RuntimeConfig:
     """Connectors by the name that stages use for them."""
     edges: tuple[EdgeConfig, ...] = ()
     """Flow control of single edges; the edges themselves come from ``engine_input_source``."""
+    gpu_sharing: GpuSharing = "time_slices"
+    """How stages that share a GPU run on it: ``time_slices``: in turns; ``mps``: at the same time, by NVIDIA's MPS."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -47,18 +47,21 @@ class RuntimeDirectory:
         self._finalizer = weakref.finalize(self, _close, self.path, lock, self._adopted, os.getpid())
 
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """Have vLLM make its sockets here, in this process and in those that are started meanwhile."""
+    def entered(self, more: Mapping[str, str] | None = None) -> Iterator[None]:
+        """Have vLLM make its sockets here, in this process and in those that are started meanwhile; ``more`` is put
+        into their environment, too."""
+        values = {**(more or {}), _SETTING: str(self.path)}
         with _launching:
-            before = os.environ.get(_SETTING)
-            os.environ[_SETTING] = str(self.path)
+            before = {name: os.environ.get(name) for name in values}
+            os.environ.update(values)
             try:
                 yield
             finally:
-                if before is None:
-                    del os.environ[_SETTING]
-                else:
-                    os.environ[_SETTING] = before
+                for name, value in before.items():
+                    if value is None:
+                        del os.environ[name]
+                    else:
+                        os.environ[name] = value
 
     def adopt(self, pid: int) -> None:
         """Remember what the engine of process ``pid`` and its ranks share under names of Python's (queues, locks), so
@@ -71,6 +74,14 @@ class RuntimeDirectory:
     def remove(self) -> None:
         """Remove it, and the shared memory of the engine. Idempotent."""
         self._finalizer()
+
+
+def child_environment(more: Mapping[str, str], without: Collection[str] = ()) -> dict[str, str]:
+    """This process's environment with ``more`` and ``without`` some, and nothing of an engine that another thread is
+    starting."""
+    with _launching:
+        kept = {name: value for name, value in os.environ.items() if name not in without}
+    return {**kept, **more}
 
 
 def rendezvous(path: str) -> str:

@@ -46,6 +46,8 @@ class ARStageSpec:
     """Kind of output that the caller gets of it; None: nothing."""
     async_chunk: bool = False
     """Whether outputs go from stage to stage while their source still works."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """What its processes get in their environment beside the driver's."""
 
     def config(self) -> VllmConfig:
         """The checked configuration.
@@ -223,7 +225,7 @@ def _start(spec: ARStageSpec, config: VllmConfig) -> _Starting:
         failed.callback(runtime.remove)
         config.model_config.runtime_path = str(runtime.path)
         barrier = contextlib.ExitStack()
-        with runtime.entered():
+        with runtime.entered(spec.env):
             addresses = get_engine_zmq_bind_addresses(config)
             launch = barrier.enter_context(
                 launch_core_engines(
@@ -300,10 +302,10 @@ def _connect(item: _Starting) -> ARStageHandle:
         item.runtime.adopt(process.pid)
     client.resources.engine_manager = launch.engine_manager
     client.start_engine_core_monitor()
-    return ARStageHandle(spec, config, client, _info(config, processes), item.runtime, processes)
+    return ARStageHandle(spec, config, client, _info(spec.stage_type, config, processes), item.runtime, processes)
 
 
-def _info(config: VllmConfig, processes: list[Any]) -> StageInfo:
+def _info(stage_type: str, config: VllmConfig, processes: list[Any]) -> StageInfo:
     model = config.model_config
     facts = {
         "dtype": str(model.dtype),
@@ -311,6 +313,7 @@ def _info(config: VllmConfig, processes: list[Any]) -> StageInfo:
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "kv_blocks": config.cache_config.num_gpu_blocks,
         "async_scheduling": config.scheduler_config.async_scheduling,
+        "information": [] if stage_type == "ar" and not model.takes_payload else None,
     }
     pids = [process.pid for process in processes]
     return StageInfo(model.architectures[0], config.parallel_config.world_size, pids, facts)

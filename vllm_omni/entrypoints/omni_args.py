@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_omni import envs
 from vllm_omni.config.schema import parse
-from vllm_omni.config.stage import PipelineConfig, Row, StageConfig, load_stage_configs, single_diffusion_stage
+from vllm_omni.config.stage import (
+    GpuSharing,
+    PipelineConfig,
+    Row,
+    StageConfig,
+    load_stage_configs,
+    single_diffusion_stage,
+)
 from vllm_omni.entrypoints.stage_arguments import by_stage, overridden, runs_on_vllm, with_arguments
 from vllm_omni.errors import ConfigError
 from vllm_omni.logger import init_logger
@@ -53,6 +60,9 @@ class OmniArgs:
     """Tensors, arrays, images and bytes larger than this travel between processes in shared memory, not in messages."""
     worker_backend: Literal["multi_process"] = "multi_process"
     """How stages are run: one process each on this machine."""
+    gpu_sharing: GpuSharing | None = None
+    """How stages that share a GPU run on it: ``time_slices``: in turns; ``mps``: at the same time, by NVIDIA's MPS,
+    whose daemon starts and ends with the stages. Default: what the stage configuration says, or ``time_slices``."""
     ray_address: str | None = None
     """Address of a Ray cluster; only for ``worker_backend="ray"``, which is not there yet."""
     batch_timeout: float = 0.0
@@ -135,6 +145,9 @@ def resolve(values: Mapping[str, Any], source: str | Mapping[str, str] = "Omni()
     engine_args = _engine_args(rest)
     pipeline = overridden(_pipeline(args, engine_args, sources), args.stage_overrides, sources)
     pipeline = _with_default_params(pipeline, args, sources)
+    if args.gpu_sharing is not None:
+        lines = {**pipeline.sources, "runtime.gpu_sharing": sources.get("gpu_sharing", "default")}
+        pipeline = replace(pipeline, runtime=replace(pipeline.runtime, gpu_sharing=args.gpu_sharing), sources=lines)
     for stage in pipeline.stages:
         _check_engine(stage)
     return OmniSetup(args, pipeline, sources)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from vllm_omni.config.stage import StageConfig
@@ -11,6 +11,7 @@ from vllm_omni.distributed.omni_connectors.factory import stage_threshold
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine.stage_seam import StageClient
 from vllm_omni.entrypoints import omni_args
+from vllm_omni.entrypoints.gpu_sharing import GpuSharing, share_gpus
 from vllm_omni.entrypoints.stage_arguments import runs_on_vllm
 from vllm_omni.entrypoints.stage_client import ProcessStageClient
 from vllm_omni.entrypoints.stage_launch import StageHandle, StageSpec, end, launch_all
@@ -27,6 +28,8 @@ class RunningStages:
     """Stages in processes of this package."""
     on_vllm: list[ARStageHandle] = field(default_factory=list)
     """Stages in vLLM's engine processes."""
+    sharing: GpuSharing = field(default_factory=GpuSharing)
+    """How they share GPUs."""
 
     def clients(self, codec: Codec) -> dict[int, StageClient]:
         """One client a stage, by stage id."""
@@ -44,6 +47,7 @@ class RunningStages:
 
             end_ar_stages(self.on_vllm)
         end(self.ours)
+        self.sharing.close()
 
 
 def start_stages(setup: omni_args.OmniSetup, codec: Codec) -> RunningStages:
@@ -58,18 +62,23 @@ def start_stages(setup: omni_args.OmniSetup, codec: Codec) -> RunningStages:
     ours = [stage for stage in setup.pipeline.stages if not runs_on_vllm(stage)]
     vllm = [stage for stage in setup.pipeline.stages if runs_on_vllm(stage)]
     specs = [_spec(setup, stage) for stage in ours]
-    if not vllm:
-        return RunningStages(launch_all(specs, codec, args.stage_init_timeout, args.init_timeout))
-    from vllm_omni.engine.ar_launch import start_ar_stages
-
     thresholds = [_threshold(setup, stage) for stage in vllm]
-    configs = [(spec, spec.config()) for spec in omni_args.ar_specs(setup, vllm, thresholds)]
-    handles = launch_all(specs, codec, args.stage_init_timeout, args.init_timeout) if specs else []
+    configs = [(spec, spec.config()) for spec in omni_args.ar_specs(setup, vllm, thresholds)] if vllm else []
+    running = RunningStages(sharing=share_gpus(setup))
     try:
-        return RunningStages(handles, start_ar_stages(configs, args.stage_init_timeout))
+        if specs:
+            given = [replace(spec, env=running.sharing.env(spec.stage_id)) for spec in specs]
+            running.ours = launch_all(given, codec, args.stage_init_timeout, args.init_timeout)
+        if configs:
+            from vllm_omni.engine.ar_launch import start_ar_stages
+
+            chosen = [(replace(spec, env=running.sharing.env(spec.stage_id)), config) for spec, config in configs]
+            running.on_vllm = start_ar_stages(chosen, args.stage_init_timeout)
     except BaseException:
-        end(handles, grace=0.5)
+        end(running.ours, grace=0.5)
+        running.sharing.close()
         raise
+    return running
 
 
 def _threshold(setup: omni_args.OmniSetup, stage: StageConfig) -> int:

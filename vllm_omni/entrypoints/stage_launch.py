@@ -13,11 +13,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
+from vllm_omni.distributed.runtime_directory import child_environment
 from vllm_omni.engine import messages as m
 from vllm_omni.engine.stage_engine import StageInfo
 from vllm_omni.errors import DeadlineError, OmniError, StageDeadError
@@ -48,6 +49,8 @@ class StageSpec:
     """Seconds that an idle stage waits for more requests before its first step."""
     batch_size: int = 64
     """Requests at which it stops waiting."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """What its processes get in their environment beside the driver's."""
 
 
 @dataclass
@@ -74,6 +77,7 @@ def launch(spec: StageSpec, codec: Codec) -> StageHandle:
             [sys.executable, "-c", _BOOT, *numbers, json.dumps(sys.path)],
             pass_fds=[theirs.fileno(), page.fd],
             stdin=subprocess.DEVNULL,
+            env=child_environment(spec.env),
             process_group=0,
         )
     handle = StageHandle(spec, process, ours, page)

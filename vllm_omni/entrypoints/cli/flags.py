@@ -100,7 +100,7 @@ def _parameters(group: FlagGroup) -> list[inspect.Parameter]:
 def _cli_type(hint: Any, name: str) -> tuple[Any, Callable[[str], Any] | None, str | None]:
     """(type for typer, own parser, placeholder in the help) of a field's type, ``| None`` taken off."""
     options = [part for part in typing.get_args(hint) if part is not type(None)]
-    if isinstance(hint, types.UnionType) and len(options) == 1:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union) and len(options) == 1:
         hint = options[0]
     if hint in (int, float, str, bool) or typing.get_origin(hint) is Literal:
         return hint, None, None
