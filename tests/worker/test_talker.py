@@ -134,6 +134,31 @@ def test_preempted_while_gated(talker: Talker, stage: Stage) -> None:
     check(talker, result, prompt, cond, 10)
 
 
+def test_no_steps_while_all_wait(talker: Talker, stage: Stage) -> None:
+    """An engine whose requests all wait for conditioning has no work, and keeps them in its batch; one that runs, an
+    abort and a chunk are work."""
+    (prompt, cond), (other, other_cond) = case(31, 20, rows=6), case(32, 7, rows=6)
+    first = {**prompt_of(prompt, cond=cond[:2]), "conditioning_steps": 2}
+    result = stage.add("n", first, params(10), last=False)
+    stage.run()  # as far as it goes
+    assert len(result.tokens) == 3
+    assert stage.runner.input_batch.req_ids == ["n"]
+    beside = stage.add("b", prompt_of(other, cond=other_cond), params(5))
+    stage.run()
+    check(talker, beside, other, other_cond, 5)
+    stage.add("gone", first, params(10), last=False)
+    stage.run()
+    stage.abort("gone")
+    assert stage.scheduler.has_requests()
+    stage.run()
+    assert list(stage.runner.omni_states) == ["n"]
+    stage.chunk("n", {"additional_information": {"cond": cond[2:]}, "conditioning_steps": 4}, 1, last=True)
+    assert stage.scheduler.has_requests()
+    stage.run()
+    check(talker, result, prompt, cond, 10)
+    assert not stage.runner.omni_states
+
+
 def test_end_without_rows(talker: Talker, stage: Stage) -> None:
     """The last chunk may bring nothing but the end; steps go on with the model's padding."""
     prompt, cond = case(40, 9, rows=3)

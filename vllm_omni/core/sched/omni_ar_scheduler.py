@@ -81,6 +81,17 @@ class _ChunkMixin:
             attach_late_chunks(output, chunks)
         return output
 
+    def has_requests(self) -> bool:
+        """Whether a step may have work. While every request waits for conditioning the engine waits for its next
+        message; empty steps would take requests out of the workers' batch, and come a millisecond apart."""
+        if not super().has_requests():  # type: ignore[misc]
+            return False
+        running: list[Request] = self.running  # type: ignore[attr-defined]
+        _, waiting = self.get_request_counts()  # type: ignore[attr-defined]
+        if waiting or not running or self.has_finished_requests():  # type: ignore[attr-defined]
+            return True
+        return not all(self._gated(request) for request in running)
+
     def _gated(self, request: Request) -> bool:
         """Whether the next position of ``request`` needs conditioning that has not arrived."""
         stream = self._streams.get(request.request_id)
