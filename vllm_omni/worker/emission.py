@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput
 
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.model_executor.models.interfaces import OmniRequestState, StepOutputs
@@ -152,24 +153,22 @@ class OmniAsyncOutput(AsyncModelRunnerOutput):
     """vLLM's asynchronous output plus an emission whose copies run on the same stream."""
 
     def __init__(
-        self, inner: AsyncModelRunnerOutput, emission: Emission, failed: list[Row], stream: torch.cuda.Stream
+        self, inner: AsyncGPUModelRunnerOutput, emission: Emission, failed: list[Row], stream: torch.cuda.Stream
     ) -> None:
         self._inner = inner
         self._emission = emission
         self._failed = failed
         self._sources = (emission.layers, emission.outputs)  # kept until the copies are done
-        self._done = torch.cuda.Event(blocking=True)
         main = torch.cuda.current_stream()
         with torch.cuda.stream(stream):
             if emission.layers or not emission.whole:  # made after vLLM's output, which waited for what was before it
                 stream.wait_stream(main)
             emission.to_host()
-            self._done.record()
+            inner.async_copy_ready_event.record()  # again: it says now that these copies are done as well
 
     def get_output(self) -> ModelRunnerOutput:
         """vLLM's output with ``pooler_output``; blocks until the copies are done."""
         output = self._inner.get_output()
-        self._done.synchronize()
         self._sources = ({}, ())
         output.pooler_output = self._emission.payloads()
         self._emission.fail(output.pooler_output, self._failed)

@@ -23,6 +23,7 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput, SamplerOutput
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
+from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput
 
 from vllm_omni.errors import ConfigError, OmniError
 from vllm_omni.model_executor.layers.graphed import batch_sizes
@@ -292,7 +293,7 @@ class GPUARModelRunner(OmniGPUModelRunner):
         return stepper.omni_step(states, [row.step_idx for row in rows], sampled, hidden)
 
     def _attach(self, output: Any, emission: Emission, failed: list[Row]) -> ModelRunnerOutput | AsyncModelRunnerOutput:
-        if isinstance(output, AsyncModelRunnerOutput):
+        if isinstance(output, AsyncGPUModelRunnerOutput):
             emission.clone()
             return OmniAsyncOutput(output, emission, failed, self._get_or_create_async_output_copy_stream())
         if self.device.type != "cpu":

@@ -31,6 +31,11 @@ else:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as VllmModelRunner
 
 
+PINNED_BYTES = 1 << 20
+"""Tensors up to this size go to a GPU through pinned memory: a copy of other memory waits for what the GPU does. For
+larger ones, the prompts, locking memory costs more than that."""
+
+
 class OmniGPUModelRunner(VllmModelRunner):
     """Keeps one ``OmniRequestState`` a request, from admission to finish."""
 
@@ -122,6 +127,8 @@ class OmniGPUModelRunner(VllmModelRunner):
 
 def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
+        if device.type == "cuda" and 0 < value.nbytes <= PINNED_BYTES:
+            value = value.pin_memory()
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {key: _to_device(item, device) for key, item in value.items()}
