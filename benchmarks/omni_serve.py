@@ -123,7 +123,12 @@ async def measure(args: argparse.Namespace, report: Report) -> None:
     plain = PlainVllm(args, folder) if args.plain == "beside" else None
     began = time.perf_counter()
     stages = stage_file(args.model, args.gpus, folder, args.tiny, args.kv_gib, tuple(args.eager))
-    omni = AsyncOmni(model=str(folder), stage_configs_path=str(stages), stage_init_timeout=args.budget)
+    omni = AsyncOmni(
+        model=str(folder),
+        stage_configs_path=str(stages),
+        stage_init_timeout=args.budget,
+        gpu_sharing="mps" if args.mps else "time_slices",
+    )
     report("start_s", round(time.perf_counter() - began, 1))
     try:
         async with omni:

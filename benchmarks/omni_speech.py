@@ -57,6 +57,7 @@ def parse() -> argparse.Namespace:
         default="beside",
         help="plain vLLM starts with our stages, once speech is measured, or when our stages have ended",
     )
+    parser.add_argument("--mps", action="store_true", help="our stages under MPS (gpu_sharing); plain vLLM is outside")
     parser.add_argument("--kv-gib", nargs=2, type=float, help="KV cache of thinker and talker")
     parser.add_argument("--eager", nargs="+", type=int, default=[], help="stages without compilation and graphs")
     parser.add_argument("--gate", type=Path, help="wait for this file before the first request")

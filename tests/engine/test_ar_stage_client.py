@@ -79,6 +79,14 @@ def graph(window: int) -> StageGraph:
     )
 
 
+class Environment:
+    """Worker extension."""
+
+    def variable(self, name: str) -> str | None:
+        """Of the worker's process."""
+        return os.environ.get(name)
+
+
 class World:
     """The running stages and their plain torch counterparts."""
 
@@ -88,8 +96,9 @@ class World:
         self.lm = save_lm(folder / "thinker")
         self.body, self.predictor = save_talker(folder / "talker")
         self.wave = save_vocoder(folder / "vocoder")
+        lm = {**SMALL, "model": str(folder / "thinker"), "worker_extension_cls": f"{__name__}.Environment"}
         self.specs = [
-            ARStageSpec(0, "ar", {**SMALL, "model": str(folder / "thinker"), "hidden_layers": [2]}, threshold=4096),
+            ARStageSpec(0, "ar", {**lm, "hidden_layers": [2]}, threshold=4096, env={"OF_STAGE_0": "yes"}),
             ARStageSpec(
                 1, "ar", {**SMALL, "model": str(folder / "talker"), "model_arch": "ToyTalker", "model_stage": "talker"}
             ),
@@ -352,6 +361,12 @@ async def test_calls(run: Any) -> None:
             await client.call("call", "nonsense", [], {}, timeout=20)
         with pytest.raises(DeadlineError):
             await client.call("check_health", timeout=0.0)
+
+
+async def test_a_stage_gets_what_is_put_into_its_environment(run: Any) -> None:
+    thinker = (await run(3))._clients[0]
+    assert await thinker.call("call", "variable", ["OF_STAGE_0"], {}, timeout=20) == ["yes"]
+    assert "OF_STAGE_0" not in os.environ
 
 
 async def test_death(world: World) -> None:

@@ -37,7 +37,6 @@ OTHER_PROGRAMS = {
     "useradd",
     "source",
     "export",
-    "nvidia-cuda-mps-control",
     "install",
     "systemctl",
     "journalctl",
