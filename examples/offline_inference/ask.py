@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import wave
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,18 @@ SYSTEM = (
 """Qwen2.5-Omni speaks well with this system prompt only."""
 
 
-def parse_arguments(usage: str, speaker: str, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, or ``words`` in its place."""
+def parse_arguments(usage: str) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question")
     parser.add_argument("--model", required=True, help="folder or name of the checkpoint")
     for kind in ("image", "audio", "video"):
         parser.add_argument(f"--{kind}", type=Path, action="append", default=[], help=f"{kind} file; may be repeated")
-    parser.add_argument("--speaker", default=speaker, help="voice of the answer")
+    parser.add_argument("--speaker", help="voice of the answer (default: the model's)")
     parser.add_argument("--modalities", nargs="+", default=["text", "audio"], choices=["text", "audio"])
     parser.add_argument("--stage-configs-path", help="stages (default: all on one GPU)")
     parser.add_argument("--output", type=Path, default=Path("answer.wav"), help="where the answer's sound goes")
-    return parser.parse_args(words)
+    return parser.parse_args()
 
 
 def load_media(args: argparse.Namespace, fps: int) -> dict[str, list[Any]]:
@@ -53,7 +52,8 @@ def make_prompt(args: argparse.Namespace, fps: int) -> dict[str, Any]:
     ]
     processor = AutoProcessor.from_pretrained(args.model)
     text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return {"prompt": text, "multi_modal_data": media, "additional_information": {"speaker": args.speaker}}
+    voice = {"additional_information": {"speaker": args.speaker}} if args.speaker else {}
+    return {"prompt": text, "multi_modal_data": media, **voice}
 
 
 def answer(omni: Omni, args: argparse.Namespace, fps: int) -> None:
@@ -69,8 +69,8 @@ def answer(omni: Omni, args: argparse.Namespace, fps: int) -> None:
             print(f"{args.output}: {len(sound['audio']) / sound['sr']:.2f} s")
 
 
-def main(usage: str, fps: int, speaker: str) -> None:
-    """One example: text of ``--help``, frames a second that the model's positions assume of videos, default voice."""
-    args = parse_arguments(usage, speaker)
+def main(usage: str, fps: int) -> None:
+    """One example: text of ``--help``, frames a second that the model's positions assume of videos."""
+    args = parse_arguments(usage)
     with Omni(args.model, stage_configs_path=args.stage_configs_path) as omni:
         answer(omni, args, fps)

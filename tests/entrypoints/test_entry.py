@@ -12,13 +12,15 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
 from vllm_omni.config.stage import load_stage_configs
-from vllm_omni.entrypoints.entry import entry_options
+from vllm_omni.engine.stage_engine import StageInfo
+from vllm_omni.entrypoints.entry import check_information, entry_options, information_keys
 from vllm_omni.entrypoints.omni_args import STAGE_CONFIGS
 from vllm_omni.entrypoints.orchestrator import Orchestrator
 from vllm_omni.entrypoints.params import default_params, each, params_for, text_stages
 from vllm_omni.entrypoints.stage_graph import StageGraph, StageNode
 from vllm_omni.errors import ConfigError, RequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.inputs.edge import EdgeInput, pass_on, reads
 from vllm_omni.model_executor.voices import check_speaker, voices_of
 from vllm_omni.request import OmniRequest
 
@@ -139,6 +141,43 @@ def test_voices() -> None:
             check_speaker({"additional_information": {"speaker": wrong}}, voices)
         assert caught.value.details["field"] == "speaker"
         assert caught.value.details["allowed"] == ["chelsie", "ethan"]
+
+
+def silent(edge: EdgeInput) -> Any:
+    """A user's edge function that says nothing of what it reads."""
+    return edge.prompt["additional_information"]["tempo"]
+
+
+def declared(*keys: str) -> StageNode:
+    return StageNode(1, sources=(0,), process_input=reads(*keys)(silent))
+
+
+@pytest.mark.parametrize(
+    ("root", "nodes", "keys"),
+    [
+        ({"information": []}, [declared("speaker"), declared("speaker", "tempo")], {"speaker", "tempo"}),
+        ({"information": ["mood"]}, [declared("tempo")], {"mood", "tempo"}),
+        ({"information": []}, [StageNode(1, sources=(0,), process_input=pass_on)], set()),
+        ({"information": []}, [declared("speaker"), StageNode(1, sources=(0,), process_input=silent)], None),
+        ({"information": None}, [declared("speaker")], None),
+        ({}, [], None),
+    ],
+)
+def test_who_reads_what_comes_with_a_prompt(root: Any, nodes: list[StageNode], keys: set[str] | None) -> None:
+    infos = {0: StageInfo("root", facts=root), 1: StageInfo("talker", facts={"information": []})}
+    assert information_keys([StageNode(0), *nodes], infos) == keys
+
+
+def test_information_that_nobody_reads_is_refused() -> None:
+    for prompt in ("hi", {"prompt": "hi"}, {"additional_information": None}, {"additional_information": {"tempo": 2}}):
+        check_information(prompt, {"speaker", "tempo"})
+    check_information({"additional_information": {"anything": 1}}, None)
+    with pytest.raises(RequestError, match="unknown key 'speeker'; did you mean 'speaker'") as caught:
+        check_information({"additional_information": {"speaker": "Ethan", "speeker": "Ethan"}}, {"speaker", "tempo"})
+    assert caught.value.details["field"] == "speeker"
+    assert caught.value.details["allowed"] == ["speaker", "tempo"]
+    with pytest.raises(RequestError, match="the model reads none"):
+        check_information({"additional_information": {"speaker": "Ethan"}}, ())
 
 
 @pytest.mark.parametrize("kind", [RequestError, IndexError])

@@ -110,6 +110,8 @@ def test_a_bad_request_among_good_ones(flux: Omni) -> None:
     assert [output.prompt for output in caught.value.outputs] == ["good"]
     with pytest.raises(RequestError, match="nonsense"):
         run(flux, "x", OmniDiffusionSamplingParams(extra_args={"nonsense": 1}, **SMALL))
+    with pytest.raises(RequestError, match="additional_information: unknown key 'speaker'; the model reads none"):
+        run(flux, {"prompt": "x", "additional_information": {"speaker": "Ethan"}}, **SMALL)
     assert len(run(flux, "the engine goes on", **SMALL)) == 1
 
 

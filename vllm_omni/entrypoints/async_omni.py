@@ -16,7 +16,7 @@ from vllm_omni.distributed.omni_connectors.utils.arena import Arena
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine.stage_engine import StageInfo
 from vllm_omni.entrypoints import omni_args
-from vllm_omni.entrypoints.entry import entry_options
+from vllm_omni.entrypoints.entry import check_information, entry_options, information_keys
 from vllm_omni.entrypoints.orchestrator import Orchestrator
 from vllm_omni.entrypoints.params import check_previews, default_params, params_for, text_stages
 from vllm_omni.entrypoints.results import build_output
@@ -70,6 +70,7 @@ class AsyncOmni:
         stages = start_stages(self._setup, codec)
         self._finalizer = weakref.finalize(self, _end_all, stages, self._arena, tracing)
         self._clients = stages.clients(codec)
+        self._information = information_keys(self._graph.nodes, self.stage_infos)
         if tracing is not None:
             tracing.name_stages(self.stage_infos)
         self._ranks = {i: [WatchedProcess(pid) for pid in client.info.pids] for i, client in self._clients.items()}
@@ -149,6 +150,7 @@ class AsyncOmni:
     ) -> OmniRequest:
         """Check one request; raises ``RequestError``."""
         check_prompt(prompt)
+        check_information(prompt, self._information)
         check_speaker(prompt, self.voices)
         options, loose = entry_options(prompt, lora_request, priority, loose, self._reads_on_vllm)
         return OmniRequest(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from vllm_omni.config.schema import nearest
+from vllm_omni.engine.stage_engine import StageInfo
+from vllm_omni.entrypoints.stage_graph import StageNode
 from vllm_omni.errors import RequestError
+from vllm_omni.inputs.edge import ReadingEdge
 
 
 def entry_options(
@@ -40,3 +44,36 @@ def entry_options(
     if "priority" in options:
         raise RequestError(f"priority={priority!r}: diffusion stages serve requests as they come", field="priority")
     return {}, {**(loose or {}), **options}
+
+
+def information_keys(nodes: Iterable[StageNode], infos: Mapping[int, StageInfo]) -> frozenset[str] | None:
+    """What a prompt's ``additional_information`` may hold: keys that an edge or a stage that gets the prompt reads.
+
+    None where one of them does not say what it reads, since then any key may be meant.
+    """
+    keys: set[str] = set()
+    for node in nodes:
+        edge, said = node.process_input, infos[node.stage_id].facts.get("information")
+        if node.sources:
+            said = edge.keys if isinstance(edge, ReadingEdge) else None
+        if said is None:
+            return None
+        keys.update(said)
+    return frozenset(keys)
+
+
+def check_information(prompt: Any, keys: Collection[str] | None) -> None:
+    """Check a prompt's ``additional_information``.
+
+    Raises:
+        RequestError: a key that is not among ``keys``, which nobody would read.
+    """
+    given = prompt.get("additional_information") if isinstance(prompt, Mapping) else None
+    if keys is None or not given:
+        return
+    for key in given:
+        if key not in keys:
+            known = nearest(str(key), keys) if keys else "; the model reads none"
+            raise RequestError(
+                f"additional_information: unknown key {key!r}{known}", field=str(key), allowed=sorted(keys)
+            )

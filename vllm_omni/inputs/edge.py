@@ -4,6 +4,7 @@ An edge function turns outputs of the source stages into the next chunk of input
 the stage configuration (``custom_process_input_func: "module.function"``), is called by the driver, and has to be quick
 and free of side effects::
 
+    @reads("speaker")
     def thinker2talker(edge: EdgeInput) -> dict | None:
         ids = [token for chunk in edge.outputs[0] for token in chunk["token_ids"]]
         return {"prompt_token_ids": ids} if ids or edge.last else None
@@ -11,11 +12,15 @@ and free of side effects::
 An edge is an ordered stream of chunks; "not streaming" means that the function is called once, with everything. Large
 tensors, arrays and images are ``LeafRef``s: they can be put into the result as they are, and travel from stage to stage
 without passing through the driver. ``edge_ref.load()`` gives the value where a function must look at one.
+
+``reads`` says which keys of the user's ``additional_information`` a function looks at. Where every edge and every stage
+that gets the prompt says so, a request with another key is refused; a function without ``reads`` may look at any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -60,6 +65,28 @@ EdgeFunction = Callable[[EdgeInput], Any]
 of a request that had chunks before closes the stream; None from the only call means that the stage is not needed."""
 
 
+@dataclass(frozen=True)
+class ReadingEdge:
+    """An edge function and what it reads of the user's ``additional_information``; made by ``reads``."""
+
+    function: EdgeFunction
+    keys: frozenset[str]
+
+    def __call__(self, edge: EdgeInput) -> Any:
+        return self.function(edge)
+
+
+def reads(*keys: str) -> Callable[[EdgeFunction], ReadingEdge]:
+    """Decorator of an edge function: ``keys`` are all that it reads of the user's ``additional_information``."""
+    return lambda function: ReadingEdge(function, frozenset(keys))
+
+
+def information(edge: EdgeInput) -> Mapping[str, Any]:
+    """The user's ``additional_information``; empty where there is none."""
+    return (edge.prompt.get("additional_information") or {}) if isinstance(edge.prompt, Mapping) else {}
+
+
+@reads()
 def pass_on(edge: EdgeInput) -> Any:
     """The edge where no function is named: the source's output is the prompt; several outputs in one call are a
     list."""

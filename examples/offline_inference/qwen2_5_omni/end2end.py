@@ -13,4 +13,4 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ask import main
 
 if __name__ == "__main__":
-    main(__doc__, fps=2, speaker="Chelsie")
+    main(__doc__, fps=2)

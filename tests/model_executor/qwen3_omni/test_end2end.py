@@ -252,6 +252,7 @@ def test_one_bad_request_among_good(omni: Omni, reference: Reference) -> None:
     image = make_prompt(reference.processor, "image").ours
     bad: list[tuple[Any, str]] = [
         ({**good, "additional_information": {"speaker": "nobody"}}, "speaker"),
+        ({**good, "additional_information": {"speaker": "Ethan", "tempo": 2}}, "tempo"),
         ({**image, "multi_modal_data": {"image": "no picture"}}, "multi_modal_data"),
         ({**image, "multi_modal_data": {}}, "multi_modal_data"),
         ({**good, "multi_modal_data": {"smell": [1]}}, "prompt"),

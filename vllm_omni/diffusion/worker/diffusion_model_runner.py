@@ -107,6 +107,7 @@ class DiffusionModelRunner:
             "inputs": ["image"] if isinstance(pipeline, SupportImageInput) and pipeline.support_image_input else [],
             "previews": self.by_steps and isinstance(pipeline, SupportsPreviews),
             "sampling": sampling_facts(pipeline),
+            "information": [] if od_config.custom_pipeline_args is None else None,
             "load_s": round(loaded - started, 3),
             "weight_bytes": sum(p.numel() * p.element_size() for p in pipeline.parameters()),
             "memory_GiB": self.meter.loaded(),

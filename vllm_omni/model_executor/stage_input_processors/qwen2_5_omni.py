@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_omni.config.schema import nearest
 from vllm_omni.errors import RequestError
-from vllm_omni.inputs.edge import EdgeInput
+from vllm_omni.inputs.edge import EdgeInput, information, reads
 from vllm_omni.model_executor.stage_input_processors.codec_chunks import ChunkSchedule, FrameStream
 
 HIDDEN_LAYERS = (0, -1)
@@ -30,6 +30,7 @@ DEFAULT_CHUNKS = {
 }
 
 
+@reads("speaker")
 def thinker2talker(edge: EdgeInput) -> dict[str, Any] | None:
     """The talker's prompt as soon as the reply's first token has been read, then the rows of its further tokens.
 
@@ -65,7 +66,7 @@ def thinker2talker(edge: EdgeInput) -> dict[str, Any] | None:
             "prompt_hidden": first["hidden.-1"],
             "prompt_embeds": first["hidden.0"],
             "positions": first["positions"],
-            "speaker": speaker(edge.prompt),
+            "speaker": information(edge).get("speaker"),
             **_reply(rows[1:]),
         }
         prompt = [talker.tts_codec_mask_token_id] * length + ends
@@ -86,6 +87,7 @@ def _reply(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"reply_hidden": [row["hidden.-1"] for row in rows], "reply_embeds": [row["hidden.0"] for row in rows]}
 
 
+@reads("speaker")
 def talker2token2wav(edge: EdgeInput) -> dict[str, Any] | None:
     """The next window of codes when enough have come, as the ``codec_*`` keys of the connector's ``extra`` say.
 
@@ -110,17 +112,10 @@ def talker2token2wav(edge: EdgeInput) -> dict[str, Any] | None:
         "codes": list(window.frames),
         "offset": window.start,
         "keep": [window.context, window.context + window.fresh],
-        "speaker": speaker(edge.prompt),
+        "speaker": information(edge).get("speaker"),
         **_flow_settings(edge.sampling_params),
     }
     return {"additional_information": info}
-
-
-def speaker(prompt: Any) -> str | None:
-    """The voice that the user asks for; None for the model's default. The stages check the name."""
-    information = prompt.get("additional_information") if isinstance(prompt, Mapping) else None
-    name: str | None = (information or {}).get("speaker")
-    return name
 
 
 def _flow_settings(params: Any) -> dict[str, Any]:

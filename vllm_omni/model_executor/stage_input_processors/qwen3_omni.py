@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vllm_omni.errors import RequestError
-from vllm_omni.inputs.edge import EdgeInput
+from vllm_omni.inputs.edge import EdgeInput, information, reads
 from vllm_omni.model_executor.stage_input_processors.codec_chunks import ChunkSchedule, FrameStream
 
 DEFAULT_SPEAKER = "ethan"
@@ -24,6 +24,7 @@ ROLE_TOKENS = 3
 """Tokens of ``<|im_start|>assistant\\n``."""
 
 
+@reads("speaker")
 def thinker2talker(edge: EdgeInput) -> dict[str, Any] | None:
     """The talker's prompt with the first call, then the text that its next steps speak.
 
@@ -63,6 +64,7 @@ def thinker2talker(edge: EdgeInput) -> dict[str, Any] | None:
     return {**prompt, "additional_information": info, "conditioning_steps": len(text)} if info else None
 
 
+@reads()
 def talker2code2wav(edge: EdgeInput) -> dict[str, Any] | None:
     """The next window of frames when enough have come, as the ``codec_*`` keys of the connector's ``extra`` say.
 
@@ -125,9 +127,7 @@ def _prompt(prompt: Sequence[int], answer: int, config: Any, speaker: int) -> tu
 def _speaker(edge: EdgeInput) -> int:
     """Codec token of the voice."""
     voices: Mapping[str, int] = edge.config.talker_config.speaker_id
-    wanted = None
-    if isinstance(edge.prompt, Mapping):
-        wanted = (edge.prompt.get("additional_information") or {}).get("speaker")
+    wanted = information(edge).get("speaker")
     if wanted is None:
         return voices[DEFAULT_SPEAKER] if DEFAULT_SPEAKER in voices else next(iter(voices.values()))
     name = str(wanted).lower()
