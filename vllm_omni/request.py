@@ -83,10 +83,12 @@ def check_prompt(prompt: Any) -> None:
     """Check the form of a prompt.
 
     Raises:
-        RequestError: neither text nor a dictionary with known keys, no prompt in it, or a value of the wrong type.
+        RequestError: neither text nor a dictionary with known keys, no prompt in it, a value of the wrong type, or an
+            empty text where nothing else carries the request.
     """
     if isinstance(prompt, str):
         _check_text("prompt", prompt)
+        _check_not_empty(prompt, {})
         return
     if not isinstance(prompt, Mapping):
         raise RequestError(
@@ -106,6 +108,16 @@ def check_prompt(prompt: Any) -> None:
             raise RequestError(f"{key} must be a dictionary, got {type(value).__name__}", field=key)
     if "prompt_token_ids" in prompt:
         _check_tokens(prompt["prompt_token_ids"])
+    elif "engine_input" not in prompt:
+        _check_not_empty(prompt["prompt"], prompt)
+
+
+def _check_not_empty(text: str, beside: Mapping[str, Any]) -> None:
+    """Text without a character is mostly a variable that was not set; " " draws without a prompt."""
+    if not text and not beside.get("multi_modal_data") and not beside.get("additional_information"):
+        raise RequestError(
+            'prompt: the text is empty; give a blank (" ") to go without words', field="prompt", value=""
+        )
 
 
 def _check_tokens(tokens: Any) -> None:

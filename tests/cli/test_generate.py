@@ -78,6 +78,19 @@ def test_a_picture_is_drawn_again_and_varied(generate: Generate, tmp_path: Path)
     assert (recipe.seed, recipe.negative_prompt, recipe.sampling_params["num_inference_steps"]) == (9, "leaves", 4)
 
 
+def test_an_empty_prompt_is_refused_and_a_blank_draws(generate: Generate, tmp_path: Path) -> None:
+    status, out, err = generate("")
+    assert (status, out) == (2, [])
+    assert "prompt: the text is empty" in err[-1]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": ""}\n{"prompt": " "}\n')
+    status, out, err = generate("--prompts-file", file)
+    assert status == 1
+    assert "line 1: prompt: the text is empty" in err[-1]
+    assert len(out) == 1
+    assert Path(out[0]).suffix == ".png"
+
+
 def test_files_of_several_outputs_and_nothing_is_overwritten(generate: Generate, tmp_path: Path) -> None:
     assert generate("a", "--num-outputs-per-prompt", "2")[0] == 0
     assert generate("a", "--num-outputs-per-prompt", "2")[0] == 0

@@ -89,6 +89,8 @@ def test_one_bad_prompt_among_good_ones(omni: Omni) -> None:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
+        ("", 'the text is empty; give a blank (" ")'),
+        ({"prompt": "", "negative_prompt": "fog"}, "the text is empty"),
         ({"promt": "x"}, "unknown key 'promt'; did you mean 'prompt'?"),
         ({"negative_prompt": "x"}, 'needs "prompt" or "prompt_token_ids"'),
         ({"prompt": 3}, "prompt must be text, got int"),

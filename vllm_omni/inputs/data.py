@@ -21,7 +21,7 @@ class OmniTextPrompt(TypedDict):
     """A prompt with optional parts. Every stage reads the keys it knows; an unknown key is an error."""
 
     prompt: str
-    """The text; may be empty where other inputs carry the request."""
+    """The text; may be empty where media or ``additional_information`` carry the request."""
     negative_prompt: NotRequired[str]
     """What the picture should not show; switches classifier-free guidance on where the model has it."""
     multi_modal_data: NotRequired[Mapping[str, Any]]

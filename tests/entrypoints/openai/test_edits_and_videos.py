@@ -65,6 +65,12 @@ def test_edit_is_streamed(editor: Server) -> None:
     assert opened(last.b64_json).getpixel((0, 0)) == (245, 155, 55)
 
 
+def test_edit_without_words(editor: Server) -> None:
+    answer = editor.http.post(EDITS, data={"prompt": ""}, files={"image": ("a.png", png())})
+    assert answer.status_code == 200, answer.text
+    assert opened(answer.json()["data"][0]["b64_json"]).getpixel((0, 0)) == (245, 155, 55)
+
+
 @pytest.mark.parametrize(
     ("fields", "files", "param", "status"),
     [

@@ -20,6 +20,7 @@ from vllm_omni.entrypoints.cli.progress import GenerationProgress
 from vllm_omni.entrypoints.cli.prompts import BadRow, PromptRow, read_rows
 from vllm_omni.errors import ConfigError, OmniError, RequestError, StageDeadError, StageError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniSamplingParams
+from vllm_omni.request import check_prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,7 +99,8 @@ def generate(
     elif prompts_file is not None:
         rows = [_with_negative(row, negative_prompt) for row in read_rows(prompts_file)]
     else:
-        rows = [PromptRow(0, prompt or "", negative_prompt)]
+        assert prompt is not None
+        rows = [PromptRow(0, prompt, negative_prompt)]
     rows = list(rows)
     if output is not None and len(rows) > 1:
         raise RequestError(f"--output names one file, and there are {len(rows)} prompts; use --output-dir")
@@ -146,6 +148,7 @@ def _check(
         try:
             if isinstance(row, BadRow):
                 raise row.error
+            check_prompt(row.as_prompt())
             _check_suffix(output or row.output, row.sampling_params(sampling).output_type)
             jobs.append(Job(row, {**sampling, **row.overrides}))
         except RequestError as error:

@@ -39,7 +39,7 @@ def prompt_of(messages: Sequence[Message]) -> str:
                 raise RequestError("messages: this model reads text alone", field="messages")
         texts = [part["text"] for part in last.content or ()]
     text = "\n".join(texts)
-    if not text.strip():
+    if not text:
         raise RequestError("messages: the last one has no text", field="messages")
     return text
 

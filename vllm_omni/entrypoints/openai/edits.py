@@ -6,12 +6,12 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from vllm_omni.entrypoints.openai.args import ServeArgs
 from vllm_omni.entrypoints.openai.forms import Form, form_of, form_schema, validated
 from vllm_omni.entrypoints.openai.health import service_of
-from vllm_omni.entrypoints.openai.images import ImageGenerationRequest, drawn, sampling_of
+from vllm_omni.entrypoints.openai.images import MAX_PROMPT, ImageGenerationRequest, drawn, sampling_of
 from vllm_omni.entrypoints.openai.media import check_media, load_media
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.errors import RequestError
@@ -25,6 +25,8 @@ class ImageEditRequest(ImageGenerationRequest):
     """Fields of a request to change pictures, as text."""
 
     model_config = ConfigDict(extra="forbid", strict=False)
+
+    prompt: str = Field(max_length=MAX_PROMPT, description="May be empty: the picture carries the request.")
 
 
 _SCHEMA = form_schema(ImageEditRequest, {"image": "The picture; image[] for several."}, ["image"])
