@@ -70,7 +70,9 @@ class ReadingEdge:
     """An edge function and what it reads of the user's ``additional_information``; made by ``reads``."""
 
     function: EdgeFunction
+    """What is called."""
     keys: frozenset[str]
+    """All keys that it reads."""
 
     def __call__(self, edge: EdgeInput) -> Any:
         return self.function(edge)
