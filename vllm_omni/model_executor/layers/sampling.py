@@ -10,7 +10,7 @@ penalty, temperature, top-k, top-p, a draw with exponential noise. Order and ari
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -161,3 +161,61 @@ class TokenSampler:
 
     def _slots(self, batch: int) -> torch.Tensor:
         return self._rules[:batch, 0].long()
+
+
+_SAMPLE = -1
+"""In place of a given token: sample it."""
+
+
+class TokenChoice:
+    """The next token of every row of a batch, sampled by a ``TokenSampler`` or given: ``prepare`` on the host, then
+    ``choose`` on the device, which may stand in a graph."""
+
+    def __init__(
+        self,
+        tokens: TokenSampler,
+        logits: Callable[[torch.Tensor], torch.Tensor],
+        width: int,
+        dtype: torch.dtype,
+        draws: int = 0,
+    ) -> None:
+        """Tensors are made on torch's default device.
+
+        Args:
+            tokens: samples; where it is not able to, tokens are always given.
+            logits: hidden states [B, width] to logits [B, vocabulary].
+            width: of hidden states.
+            dtype: of hidden states.
+            draws: exponential draws that the caller needs for each row besides, also where the token is given.
+        """
+        self._tokens, self._logits = tokens, logits
+        self.hidden = torch.zeros(tokens.rows, width, dtype=dtype)
+        """Hidden states of the last ``prepare``, in their fixed place."""
+        noise = torch.ones(tokens.rows, tokens.vocabulary + draws, dtype=torch.float32)  # one draw for all of a step
+        self._noise, self._own = noise, noise[:, : tokens.vocabulary]
+        self.draws = noise[:, tokens.vocabulary :]
+        """The caller's draws [rows, draws]; made anew by ``prepare`` where a row of the batch is not greedy."""
+        self._given = torch.full((tokens.rows,), _SAMPLE, dtype=torch.int64)
+        self._sampling = True
+
+    def prepare(self, hidden_BC: torch.Tensor, given_B: torch.Tensor | None) -> None:
+        """Put in place what ``choose`` needs. ``given_B``: the tokens; None: sample as ``tokens`` was told to."""
+        batch = len(hidden_BC)
+        self.hidden[:batch].copy_(hidden_BC)
+        if given_B is not None:
+            self._given[:batch].copy_(given_B)
+        elif not self._sampling:
+            self._given.fill_(_SAMPLE)
+        self._sampling = given_B is None
+        if self._tokens.drawing and (given_B is None or self.draws.shape[1]):
+            self._noise[:batch].exponential_()
+
+    def choose(self, batch: int) -> torch.Tensor:
+        """Tokens [batch] int64 of the first ``batch`` rows; ``tokens`` keeps them."""
+        given = self._given[:batch]
+        if not self._tokens.able:
+            return given
+        drawn = self._tokens.sample(self._logits(self.hidden[:batch]), self._own[:batch])
+        chosen = torch.where(given == _SAMPLE, drawn, given)
+        self._tokens.keep(chosen)
+        return chosen

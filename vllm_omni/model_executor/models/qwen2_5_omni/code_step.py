@@ -11,10 +11,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_omni.model_executor.layers.graphed import GraphedRows
-from vllm_omni.model_executor.layers.sampling import TokenSampler
-
-_SAMPLE = -1
-"""In place of a given code: sample it."""
+from vllm_omni.model_executor.layers.sampling import TokenChoice, TokenSampler
 
 
 class CodeStep:
@@ -37,11 +34,8 @@ class CodeStep:
             width: of hidden states and rows.
             dtype: of both.
         """
-        self._tokens, self._embed, self._logits = tokens, embed, logits
-        self._hidden = torch.zeros(tokens.rows, width, dtype=dtype)
-        self._noise = torch.ones(tokens.rows, tokens.vocabulary, dtype=torch.float32)
-        self._given = torch.full((tokens.rows,), _SAMPLE, dtype=torch.int64)
-        self._sampling = True
+        self._able, self._embed = tokens.able, embed
+        self._choice = TokenChoice(tokens, logits, width, dtype)
         self._run = GraphedRows(self._make)
         self.capture = self._run.capture
 
@@ -53,25 +47,14 @@ class CodeStep:
             given_B: the codes; None: sample them as ``tokens`` was told to.
         """
         batch = len(hidden_BC)
-        if not self._tokens.able:
+        if not self._able:
             # Spread over several GPUs: embedding needs them all, which a graph of our own cannot hold.
             assert given_B is not None
             return given_B.int(), self._embed(given_B)
-        if given_B is not None:
-            self._given[:batch].copy_(given_B)
-        else:
-            self._hidden[:batch].copy_(hidden_BC)
-            if not self._sampling:
-                self._given.fill_(_SAMPLE)
-            if self._tokens.drawing:
-                self._noise[:batch].exponential_()
-        self._sampling = given_B is None
+        self._choice.prepare(hidden_BC, given_B)
         codes, rows = self._run(batch)
         return codes[:batch].clone(), rows[:batch].clone()
 
     def _make(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        given = self._given[:batch]
-        drawn = self._tokens.sample(self._logits(self._hidden[:batch]), self._noise[:batch])
-        codes = torch.where(given == _SAMPLE, drawn, given)
-        self._tokens.keep(codes)
+        codes = self._choice.choose(batch)
         return codes.int(), self._embed(codes)

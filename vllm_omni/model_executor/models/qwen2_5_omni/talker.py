@@ -205,7 +205,8 @@ class Qwen2_5OmniTalkerStage(nn.Module):
         codes = self._code_rows(states, step_idx)
         if all(step > len(state.model["reply"]) for state, step in zip(states, step_idx, strict=True)):
             return codes + self.marker_rows[-1]
-        return codes + torch.stack([self._reply_row(s, i) for s, i in zip(states, step_idx, strict=True)])
+        rows = [self._reply_row(state, step) for state, step in zip(states, step_idx, strict=True)]
+        return codes + (rows[0] if len(rows) == 1 else torch.stack(rows))
 
     def omni_sampler(self) -> TokenSampler:
         """Of the codes."""

@@ -13,11 +13,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from vllm_omni.model_executor.layers.graphed import GraphedRows
-from vllm_omni.model_executor.layers.sampling import TokenSampler
+from vllm_omni.model_executor.layers.sampling import TokenChoice, TokenSampler
 from vllm_omni.model_executor.models.qwen3_omni.code_predictor import CodePredictor
-
-SAMPLE = -1
-"""In place of a given first code: sample it."""
 
 
 class FrameMaker:
@@ -41,14 +38,10 @@ class FrameMaker:
             dtype: of the embeddings.
         """
         rows, size = tokens.rows, predictor.spec.hidden_size
-        self._tokens, self._predictor, self._embed, self._logits = tokens, predictor, embed, logits
-        self._hidden = torch.zeros(rows, size, dtype=dtype)
-        self._first = torch.full((rows,), SAMPLE, dtype=torch.int64)
-        self._first_row = torch.zeros(rows, size, dtype=dtype)
+        self._tokens, self._predictor, self._embed = tokens, predictor, embed
         self._residual = predictor.residuals, predictor.lm_head[0].out_features
-        # One draw for all codes of a frame.
-        self._noise = torch.ones(rows, tokens.vocabulary + math.prod(self._residual), dtype=torch.float32)
-        self._sampling = True
+        self._choice = TokenChoice(tokens, logits, size, dtype, draws=math.prod(self._residual))
+        self._first_row = torch.zeros(rows, size, dtype=dtype)
         self._run = GraphedRows(self._make)
         self.capture = self._run.capture
 
@@ -66,17 +59,12 @@ class FrameMaker:
             Codes [groups, B] int32, and the sums of their embeddings [B, C].
         """
         batch = len(hidden_BC)
-        self._hidden[:batch].copy_(hidden_BC)
-        if given_B is not None:
-            self._first[:batch].copy_(given_B)
-        elif not self._sampling:
-            self._first.fill_(SAMPLE)
-        self._sampling = given_B is None
+        self._choice.prepare(hidden_BC, given_B)
         if not self._tokens.able:
             # Spread over several GPUs: embedding needs them all, which a graph of our own cannot hold.
-            self._first_row[:batch].copy_(self._embed(self._first[:batch]))
+            assert given_B is not None
+            self._first_row[:batch].copy_(self._embed(given_B.long()))
         if self._tokens.drawing:
-            self._noise[:batch].exponential_()
             for row, generator in generators.items():
                 self._residual_noise(batch)[row].exponential_(generator=generator)
         codes, total = self._run(batch)
@@ -84,20 +72,15 @@ class FrameMaker:
 
     def _make(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [groups, batch] and sums [batch, C] of the first ``batch`` rows."""
-        tokens, hidden, first = self._tokens, self._hidden[:batch], self._first[:batch]
-        if tokens.able:
-            drawn = tokens.sample(self._logits(hidden), self._noise[:batch, : tokens.vocabulary])
-            first = torch.where(first == SAMPLE, drawn, first)
-            tokens.keep(first)
-            row = self._embed(first)
-        else:
-            row = self._first_row[:batch]
-        residual, total = self._predictor(hidden, row, tokens.greedy(batch), self._residual_noise(batch))
+        first = self._choice.choose(batch)
+        row = self._embed(first) if self._tokens.able else self._first_row[:batch]
+        greedy, noise = self._tokens.greedy(batch), self._residual_noise(batch)
+        residual, total = self._predictor(self._choice.hidden[:batch], row, greedy, noise)
         return torch.cat([first[None], residual.T]).int(), total + row
 
     def _residual_noise(self, batch: int) -> torch.Tensor:
         """Draws [batch, residual codes, vocabulary]."""
-        return self._noise[:batch, self._tokens.vocabulary :].unflatten(1, self._residual)
+        return self._choice.draws[:batch].unflatten(1, self._residual)
 
     def embed(self, codes_GB: torch.Tensor) -> torch.Tensor:
         """Sums of embeddings [B, C] of frames that were made before, as they were then."""

@@ -226,8 +226,8 @@ class Qwen3OmniTalkerForConditionalGeneration(nn.Module, SupportsMRoPE):
         else:
             codes = torch.stack([other[row] for other, row in made])
         rows = [self._text_row(state, step) for state, step in zip(states, step_idx, strict=True)]
-        pad = self._pad()
-        return codes + (pad if all(row is pad for row in rows) else torch.stack(rows))
+        alike = all(row is rows[0] for row in rows)  # one request, or all beyond their text
+        return codes + (rows[0] if alike else torch.stack(rows))
 
     def omni_sampler(self) -> TokenSampler:
         """Of the first code."""
