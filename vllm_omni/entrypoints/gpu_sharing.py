@@ -77,5 +77,5 @@ def gpus_of(stage: StageConfig) -> frozenset[str]:
         if config.device_type != "cuda":
             return frozenset()
         ranks = config.parallel_config.world_size
-    names = map(str, range(ranks)) if devices is None else (name.strip() for name in devices.split(","))
+    names = map(str, range(ranks)) if devices is None else (name.strip() for name in str(devices).split(","))
     return frozenset(names)
