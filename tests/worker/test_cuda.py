@@ -11,6 +11,7 @@ import torch
 from tests.ar_models import save_lm
 from tests.ar_support import Stage, StageSet
 from tests.ar_toy import save_talker
+from tests.worker.test_decode_inputs import compared
 from tests.worker.test_hidden_states import GREEDY, LAYERS, PROMPTS, reference
 from tests.worker.test_talker import case, check, params, prompt_of, run_cases
 
@@ -49,6 +50,18 @@ def test_hidden_states(lm: tuple[Path, Any], start_stage: StageSet, way: dict[st
 
 def talker_stage(talker: tuple[Path, Any, Any], start_stage: StageSet, arch: str, **way: Any) -> Stage:
     return start_stage(talker[0], model_arch=arch, model_stage="talker", max_num_seqs=4, **way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_inputs_that_are_moved_on(
+    talker: tuple[Path, Any, Any], start_stage: StageSet, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What decode steps read is what vLLM prepares for them; three requests run in the graph of four rows."""
+    stage = talker_stage(talker, start_stage, "BatchedToyTalker", **way)
+    with compared(stage, monkeypatch) as moved:
+        run_cases(talker, stage)
+    assert moved.count(3) > 5
+    assert stage.runner._decode_inputs._run.sizes == ([] if way["enforce_eager"] else [1, 2, 4])
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,7 +50,7 @@ def compared(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int
             got = tensors(runner, prepared)
             batch = runner.input_batch
             tokens = [scheduled.num_scheduled_tokens[name] for name in batch.req_ids]
-            again = VllmModelRunner._prepare_inputs(runner, scheduled, torch.tensor(tokens, dtype=torch.int32).numpy())
+            again = VllmModelRunner._prepare_inputs(runner, scheduled, np.array(tokens, dtype=np.int32))
             for name, want in tensors(runner, again).items():
                 assert torch.equal(got[name], want), name
             moved.append(batch.num_reqs)
