@@ -73,7 +73,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
     machine.order("work")
     machine.program("nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
     machine.program("nvidia-cuda-mps-control", f'#!/bin/sh\nexec {sys.executable} -IS {FAKE} "$@"\n')
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))  # nothing of a real GPU's
     monkeypatch.setenv("FAKE_MPS", str(tmp_path / "orders"))
     monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(machine.runtime))
     for name in ("CUDA_VISIBLE_DEVICES", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"):
