@@ -42,6 +42,14 @@ def _keys(logits_ptr, E: tl.constexpr):
 
 
 @triton.jit
+def _share(logits, rank, slot, TOP_K: tl.constexpr, RENORMALISE: tl.constexpr):
+    """What the expert of a rank counts."""
+    powers = tl.exp(logits - tl.max(logits, axis=0))
+    whole = tl.sum(tl.where(rank < TOP_K, powers, 0.0), axis=0) if RENORMALISE else tl.sum(powers, axis=0)
+    return tl.sum(tl.where(rank == slot, powers, 0.0), axis=0) / whole
+
+
+@triton.jit
 def _up(
     x_ptr,
     logits_ptr,
@@ -77,11 +85,8 @@ def _up(
         w_at = w_ptr + expert.to(tl.int64) * (2 * INNER * H)
         half = INNER * (H // 2)
         if tl.program_id(0) == 0:
-            powers = tl.exp(logits - tl.max(logits, axis=0))
-            whole = tl.sum(tl.where(rank < TOP_K, powers, 0.0), axis=0) if RENORMALISE else tl.sum(powers, axis=0)
-            own = tl.sum(tl.where(rank == slot, powers, 0.0), axis=0)
             tl.store(chosen_ptr + row * TOP_K + slot, expert)
-            tl.store(share_ptr + row * TOP_K + slot, own / whole)
+            tl.store(share_ptr + row * TOP_K + slot, _share(logits, rank, slot, TOP_K, RENORMALISE))
     else:
         w_at = shared_ptr + (slot - TOP_K).to(tl.int64) * (INNER * H)
         half = SHARED * (H // 2)
