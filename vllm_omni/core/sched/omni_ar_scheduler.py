@@ -84,8 +84,9 @@ class _ChunkMixin:
     def has_requests(self) -> bool:
         """Whether a step may have work. While every request waits for conditioning the engine waits for its next
         message; empty steps would take requests out of the workers' batch, and come a millisecond apart."""
-        if not super().has_requests():  # type: ignore[misc]
-            return False
+        found: bool = super().has_requests()  # type: ignore[misc]
+        if not (found and self._streams):
+            return found
         running: list[Request] = self.running  # type: ignore[attr-defined]
         _, waiting = self.get_request_counts()  # type: ignore[attr-defined]
         if waiting or not running or self.has_finished_requests():  # type: ignore[attr-defined]
