@@ -88,6 +88,7 @@ def test_edit_without_words(editor: Server) -> None:
         ({"prompt": "x"}, {"image": png(), "other": png()}, "other", 400),
         ({"prompt": "x", "url": "file:///etc/passwd"}, {}, "url", 400),
         ({"prompt": "x", "size": "9"}, {"image": png()}, "size", 400),
+        ({"prompt": "x", "output_compression": "10"}, {"image": png()}, "output_compression", 400),
     ],
 )
 def test_wrong_edits(editor: Server, fields: dict[str, str], files: Any, param: str, status: int) -> None:
@@ -211,15 +212,38 @@ def test_pages_and_places(films: Server) -> None:
         ({"prompt": "x", "size": "256x256", "num_frames": 4000}, "num_frames", 400),
         ({"prompt": "x", "lora": "../x"}, "lora", 400),
         ({"prompt": "x", "model": "other"}, "model", 404),
+        ({"prompt": ""}, "prompt", 400),
+        ({"prompt": "x", "seconds": "soon"}, "seconds", 400),
+        ({"prompt": "x", "num_frames": "3"}, "num_frames", 400),
+        ({"prompt": "x", "guidance_scale": True}, "guidance_scale", 400),
     ],
 )
 def test_wrong_videos(films: Server, body: dict[str, Any], param: str, status: int) -> None:
     for path in (VIDEOS, VIDEOS + "/sync"):
         answer = films.post(path, body)
-        assert (answer.status_code, error_of(answer)["param"]) == (status, param)
+        assert (answer.status_code, error_of(answer)["param"]) == (status, param), answer.text
+
+
+def test_a_video_without_words_but_a_picture(films: Server) -> None:
+    fields = {"prompt": "", "num_frames": "2"}
+    answer = films.http.post(VIDEOS + "/sync", data=fields, files={"input_reference": ("a.png", png((5, 5, 5)))})
+    assert answer.status_code == 200, answer.text
+    assert abs(int(frames(answer.content)[0][0].mean()) - 250) < 6
+
+
+def test_seconds_may_be_text_in_json(films: Server) -> None:
+    answer = films.post(VIDEOS + "/sync", {"prompt": "x", "seconds": "0.25", "fps": 8})
+    assert len(frames(answer.content)[0]) == 2
+
+
+def test_a_chat_with_a_model_that_makes_videos(films: Server) -> None:
+    answer = films.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]})
+    assert (answer.status_code, error_of(answer)["code"]) == (400, "not_supported")
+    assert error_of(answer)["message"] == "films makes video, not image"
 
 
 def test_wrong_names(films: Server) -> None:
+    assert error_of(films.http.get(VIDEOS, params={"befor": "x"}))["param"] == "befor"
     assert films.http.get(f"{VIDEOS}/..%2F..%2Fetc%2Fpasswd").status_code == 404
     assert films.http.get(f"{VIDEOS}/none/content").status_code == 404
     assert films.http.get(VIDEOS, params={"limit": 0}).status_code == 400

@@ -90,6 +90,7 @@ async def completions(body: ChatCompletionRequest, request: Request) -> Response
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: needs stream=true", field="stream_options")
     if service.text is None or "text" not in service.makes:
+        service.check_makes("image")
         return await chat_with_pictures(service, body, request)
     chat = _checked(service, body, request)
     if body.stream:

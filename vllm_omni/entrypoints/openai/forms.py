@@ -68,14 +68,14 @@ async def form_of(request: Request, files: Collection[str], many: Collection[str
         await parsed.close()
 
 
-def validated(model: type[B], values: dict[str, Any]) -> B:
-    """The body that ``values`` make.
+def validated(model: type[B], values: dict[str, Any], strict: bool | None = None) -> B:
+    """The body that ``values`` make; ``strict`` as in pydantic, default: as ``model`` has it.
 
     Raises:
         RequestValidationError: a field is wrong.
     """
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, strict=strict)
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_url=False)) from error
 

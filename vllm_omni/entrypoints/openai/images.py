@@ -169,12 +169,15 @@ def sampling_of(body: ImageGenerationRequest, limit: int) -> dict[str, Any]:
         limit: pixels that a picture may have, width times height.
 
     Raises:
-        RequestError: ``partial_images`` without a stream, or a ``size`` that is none or too large.
+        RequestError: ``partial_images`` without a stream, the quality of a ``png``, or a ``size`` that is none or too
+            large.
     """
     names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "seed")
     given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     if body.partial_images and not body.stream:
         raise RequestError("partial_images: needs stream=true", field="partial_images")
+    if body.output_compression < 100 and body.output_format == "png":
+        raise RequestError("output_compression: is for jpeg and webp; png loses nothing", field="output_compression")
     counts = {"num_outputs_per_prompt": body.n, "num_previews": body.partial_images}
     return {**given, **parse_size(body.size, limit), **counts}
 

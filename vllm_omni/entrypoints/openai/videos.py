@@ -6,12 +6,12 @@ import io
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from vllm_omni.entrypoints.openai.edits import picture_of
 from vllm_omni.entrypoints.openai.forms import form_of, form_schema, validated
@@ -24,6 +24,7 @@ from vllm_omni.entrypoints.openai.video_jobs import VideoJob
 from vllm_omni.errors import RequestError, StageError
 from vllm_omni.inputs.data import OmniTextPrompt
 from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.request import check_prompt
 
 FPS = 24
 MAX_PICTURES = 256
@@ -31,14 +32,24 @@ MAX_PICTURES = 256
 _FIELDS = ("num_inference_steps", "guidance_scale", "guidance_scale_2", "true_cfg_scale", "seed", "fps", "num_frames")
 
 
+def _number(value: Any) -> Any:
+    """The number that a text holds; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 class VideoRequest(BaseModel):
     """Fields of a request for a video, as text or as JSON."""
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(min_length=1, max_length=MAX_PROMPT)
+    prompt: str = Field(max_length=MAX_PROMPT, description="May be empty beside a picture.")
     model: str | None = None
-    seconds: float | None = Field(None, gt=0, le=600, description="Length; or num_frames.")
+    seconds: Annotated[float, BeforeValidator(_number), Field(gt=0, le=600)] | None = Field(
+        None, description="Length; or num_frames. In JSON it may be text, as OpenAI's clients write it."
+    )
     size: str | None = Field(None, max_length=16, description='"WIDTHxHEIGHT" or "auto"')
     user: str | None = Field(None, max_length=256)
     num_frames: int | None = Field(None, ge=1, le=4096)
@@ -95,6 +106,7 @@ async def _read(request: Request, service: Service) -> AsyncIterator[tuple[Video
         prompt["negative_prompt"] = body.negative_prompt
     if pictures:
         prompt["multi_modal_data"] = {"image": await service.aside(_reference, pictures, service)}
+    check_prompt(prompt)
     yield body, prompt, service.params(_sampling(body, service.args.max_generated_image_size))
 
 
@@ -105,7 +117,7 @@ async def _json(request: Request) -> VideoRequest:
         raise RequestError(f"the body is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise RequestError("the body must be a JSON object")
-    return validated(VideoRequest, values)
+    return validated(VideoRequest, values, strict=True)
 
 
 def _reference(pictures: Sequence[bytes], service: Service) -> Any:
@@ -240,6 +252,8 @@ async def listed(
     """The jobs, page by page."""
     service = service_of(request)
     _check(service)
+    for name in request.query_params.keys() - {"limit", "after", "order"}:
+        raise RequestError(f"{name}: unknown parameter; known are after, limit, order", field=name)
     if not 1 <= limit <= 100:
         raise RequestError(f"limit={limit}: allowed is 1 to 100", field="limit")
     jobs = service.videos.listed()
