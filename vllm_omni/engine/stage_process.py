@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import process
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_omni import pulse
 from vllm_omni.distributed.omni_connectors.utils.arena import Arena
@@ -319,10 +319,10 @@ def _report(channel: _Channel, failed: m.Failed) -> None:
         print(failed.traceback, file=sys.stderr)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> NoReturn:
     """``argv``: number of the socket, process id of the driver or 0, number of the pulse's page."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     code = stage_main(int(argv[0]), int(argv[1]), int(argv[2]))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code) if code else sys.exit(0)
+    os._exit(code)  # everything is closed; the interpreter would only take down what is loaded, for a second or more
