@@ -133,7 +133,9 @@ class ARStageClient(StageClient):
         last: bool,
         read: bool = True,
         trace: Mapping[str, str] | None = None,
+        direct: bool = False,
     ) -> int:
+        assert not direct, "vLLM's engine sends its outputs to its client alone"
         if self._dead is not None:
             raise self._dead
         nbytes = nbytes_of(prompt)

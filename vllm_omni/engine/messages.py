@@ -10,8 +10,12 @@ the message finds the tree's bytes, so that a payload that cannot be read is the
 ``time.monotonic()`` seconds: one clock for all processes of a host.
 
 Life of a stage: driver sends ``Start``; the stage answers ``Ready`` or ``Failed`` and, after ``Ready``, takes
-``Submit``, ``Abort``, ``Call`` and ``Shutdown``; it sends ``Output``, ``Progress``, ``Failure``, ``Returned``, and
-last ``Stopped`` or ``Failed``. End of the stream means that the other side is gone.
+``Submit``, ``Expect``, ``Abort``, ``Call`` and ``Shutdown``; it sends ``Output``, ``Progress``, ``Failure``,
+``Skipped``, ``Returned``, and last ``Stopped`` or ``Failed``. End of the stream means that the other side is gone.
+
+Two stage processes with a direct edge between them share one more socket pair, a lane, on which the source sends the
+``Output``s of requests that were submitted to it as direct, and of which the target was told by ``Expect`` before. The
+driver gets one ``Output`` without data of such a request, at its end in the source.
 """
 
 from __future__ import annotations
@@ -26,7 +30,18 @@ from vllm_omni.errors import OmniError, StageError, from_wire
 
 Buffer = bytes | bytearray | memoryview
 
-_NONE = msgspec.Raw(b"\xc0")
+NOTHING = msgspec.Raw(b"\xc0")
+"""An empty payload."""
+
+
+class Edge(msgspec.Struct, array_like=True, frozen=True):
+    """How a stage makes its input of what comes straight from its one source."""
+
+    source: int
+    function: str | None
+    """Qualified name; None passes the outputs on."""
+    window: int
+    extra: dict[str, Any]
 
 
 class Start(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -38,6 +53,11 @@ class Start(msgspec.Struct, tag=True, array_like=True, frozen=True):
     batch_wait: float
     batch_size: int
     payload: msgspec.Raw
+    edge: Edge | None = None
+    lane_in: int = -1
+    """Number of the inherited socket on which the source of ``edge`` sends."""
+    lane_out: int = -1
+    """Number of the inherited socket to the stage that this one is the source of."""
 
 
 class Submit(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -49,6 +69,18 @@ class Submit(msgspec.Struct, tag=True, array_like=True, frozen=True):
     chunk: int
     last: bool
     traced: bool
+    payload: msgspec.Raw
+    direct: bool = False
+    """Whether the outputs go straight to the next stage. Of chunk 0."""
+
+
+class Expect(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """A request whose chunks will come straight from the source. Payload: ``[prompt of the user, sampling_params]``."""
+
+    request_id: str
+    deadline: float | None
+    direct: bool
+    """As of ``Submit``."""
     payload: msgspec.Raw
 
 
@@ -118,6 +150,16 @@ class Output(msgspec.Struct, tag=True, array_like=True, frozen=True):
     shared: int
     payload: msgspec.Raw
     spans: list[tuple[str, float, float, dict[str, Any]]] = []
+    came: float = 0.0
+    """When the source sent the first chunk, where that came straight from it."""
+    bytes_in: int = 0
+    """Bytes that came straight from it so far."""
+
+
+class Skipped(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """The source has ended, and the edge function asked the stage for nothing."""
+
+    request_id: str
 
 
 class Progress(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -150,15 +192,15 @@ class Returned(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
     call_id: int
     error: WireError | None
-    payload: msgspec.Raw = _NONE
+    payload: msgspec.Raw = NOTHING
 
 
 class Stopped(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The engine is closed; the process exits."""
 
 
-ToStage = Start | Submit | Abort | Call | Shutdown
-ToDriver = Ready | Failed | Output | Progress | Preview | Failure | Returned | Stopped
+ToStage = Start | Submit | Expect | Abort | Call | Shutdown
+ToDriver = Ready | Failed | Output | Skipped | Progress | Preview | Failure | Returned | Stopped
 Message = ToStage | ToDriver
 
 RECEIVE_BYTES = 256 * 1024

@@ -1,6 +1,6 @@
 """The process of a stage: ``stage_main`` is its one entry function.
 
-The main thread owns the socket and drives the ``StageEngine``: it takes every message that has arrived (and waits in
+The main thread owns the sockets and drives the ``StageEngine``: it takes every message that has arrived (and waits in
 the kernel when the engine has no work), hands them to the engine, lets it do one step and sends what came of it. A
 second thread sleeps in the kernel until the driver's end of the socket closes and then ends the process, whatever the
 main thread is doing (as ``process.watch_lifeline`` does, but without reading from the socket, which is the main
@@ -31,6 +31,9 @@ from vllm_omni import pulse
 from vllm_omni.distributed.omni_connectors.utils.arena import Arena
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine import messages as m
+from vllm_omni.engine.channel import Channel, Messages
+from vllm_omni.engine.direct_input import DirectInput
+from vllm_omni.engine.inbox import input_error
 from vllm_omni.engine.stage_engine import (
     StageChunk,
     StageEngine,
@@ -43,32 +46,6 @@ from vllm_omni.errors import ConfigError, OmniError, StageError
 from vllm_omni.process import die_with_parent, name_process
 
 
-class _Channel:
-    """The stage's end of the socket."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self._reader = m.FrameReader()
-        self._buffer = memoryview(bytearray(m.RECEIVE_BYTES))  # one for all messages: a fresh one costs 30 us
-
-    def receive(self, wait: float | None) -> list[tuple[m.Message, memoryview]] | None:
-        """Messages that have arrived; ``wait`` seconds for the first (None: as long as it takes). None: end of
-        stream."""
-        if wait is None:
-            size = self.sock.recv_into(self._buffer)
-        else:
-            if wait > 0 and not select.select([self.sock], [], [], wait)[0]:
-                return []
-            try:
-                size = self.sock.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return []
-        return self._reader.feed(self._buffer[:size]) if size else None
-
-    def send(self, *frames: bytes) -> None:
-        self.sock.sendall(frames[0] if len(frames) == 1 else b"".join(frames))
-
-
 @dataclass(slots=True)
 class _Open:
     """What the process knows of a request in its engine."""
@@ -76,12 +53,19 @@ class _Open:
     received: float
     params: Any
     started: float = 0.0
+    direct: bool = False
+    """Whether its outputs go straight to the next stage."""
+    bytes_out: int = 0
+    """Of those that did."""
+    came: float = 0.0
+    bytes_in: int = 0
+    """As of ``messages.Output``."""
 
 
-class _Stage:
+class StageServer:
     """One engine and its requests."""
 
-    def __init__(self, channel: _Channel, start: m.Start, codec: Codec, engine: StageEngine) -> None:
+    def __init__(self, channel: Channel, start: m.Start, codec: Codec, engine: StageEngine) -> None:
         self.channel = channel
         self.start = start
         self.codec = codec
@@ -89,16 +73,17 @@ class _Stage:
         self.running = True
         self._driver = os.getppid()
         self._open: dict[str, _Open] = {}
+        self._direct = None if start.edge is None else DirectInput(start.edge, codec)
 
     def serve(self) -> None:
         """Run until the driver says ``Shutdown``, closes the stream, or SIGTERM comes."""
         working = self.engine.has_work()
         while self.running:
             if working:
-                self._take(0.0)
+                self.take(0.0)
             else:
                 pulse.idle(*self._load())
-                self._take(None)
+                self.take(None)
                 if self.start.batch_wait > 0 and self.engine.has_work():
                     self._gather()
             working = self.running and self.engine.has_work()
@@ -110,13 +95,16 @@ class _Stage:
     def _load(self) -> tuple[int, int]:
         return self.engine.load() or (0, len(self._open))
 
-    def _take(self, wait: float | None) -> None:
-        arrived = self.channel.receive(wait)
+    def take(self, wait: float | None) -> None:
+        """Handle what has arrived; ``wait`` seconds for the first message, or as long as it takes."""
+        self._handle_all(self.channel.receive(wait))
+
+    def _handle_all(self, arrived: Messages | None) -> None:
         if arrived is None:
             self.running = False
             return
         for message, buffers in arrived:
-            self._handle(message, buffers)
+            self.handle(message, buffers)
 
     def _gather(self) -> None:
         """An idle stage waits ``batch_wait`` seconds for more requests before its first step, or until it is full."""
@@ -125,11 +113,16 @@ class _Stage:
             left = end - time.monotonic()
             if left <= 0:
                 return
-            self._take(left)
+            self.take(left)
 
-    def _handle(self, message: m.Message, buffers: memoryview) -> None:
+    def handle(self, message: m.Message, buffers: memoryview) -> None:
+        """One message, of the driver or of the source."""
         if isinstance(message, m.Submit):
             self._submit(message, buffers)
+        elif isinstance(message, m.Output):
+            self._chunk(message, buffers)
+        elif isinstance(message, m.Expect):
+            self._expect(message, buffers)
         elif isinstance(message, m.Abort):
             self._abort(message.request_ids)
         elif isinstance(message, m.Call):
@@ -139,8 +132,13 @@ class _Stage:
 
     def _abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
-            self._open.pop(request_id, None)
+            self._forget(request_id)
         self.engine.abort(request_ids)
+
+    def _forget(self, request_id: str) -> None:
+        self._open.pop(request_id, None)
+        if self._direct is not None:
+            self._direct.streams.pop(request_id, None)
 
     def _submit(self, message: m.Submit, buffers: memoryview) -> None:
         now = time.monotonic()
@@ -148,11 +146,10 @@ class _Stage:
         try:
             words = self.codec.unpack(message.payload, buffers)
         except OmniError as error:
-            self._abort([request_id])  # of its earlier chunks
-            self.channel.send(self._failure(request_id, error))
+            self._refuse(request_id, error)
             return
         if chunk == 0:
-            self._open[request_id] = _Open(now, words[1])
+            self._open[request_id] = _Open(now, words[1], direct=message.direct)
         elif request_id not in self._open:
             return  # it has ended here since the driver sent this
         params = self._open[request_id].params
@@ -160,15 +157,53 @@ class _Stage:
             StageInput(request_id, words[0], params, message.deadline, chunk, message.last, message.traced)
         )
 
+    def _refuse(self, request_id: str, error: OmniError) -> None:
+        self._abort([request_id])  # of its earlier chunks
+        self.channel.send(self._failure(request_id, error))
+
+    def _expect(self, message: m.Expect, buffers: memoryview) -> None:
+        assert self._direct is not None
+        try:
+            self._direct.expect(message, buffers)
+        except OmniError as error:
+            self._refuse(message.request_id, error)
+
+    def _chunk(self, message: m.Output, buffers: memoryview) -> None:
+        """What the source sent straight."""
+        direct, request_id = self._direct, message.request_id
+        assert direct is not None
+        if request_id not in direct.streams:
+            while self.running and self.channel.more_from_driver():
+                self._handle_all(self.channel.receive_from_driver())
+        stream = direct.streams.get(request_id)
+        if stream is None:
+            direct.drop(message, buffers)
+            return
+        try:
+            made = direct.take(stream, message, buffers)
+        except Exception as error:
+            self._refuse(request_id, input_error(error, self.start.stage_id))
+            return
+        if made is not None:
+            request = self._open.get(request_id)
+            if request is None:
+                request = _Open(stream.received, stream.params, direct=stream.direct, came=stream.came)
+                self._open[request_id] = request
+            request.bytes_in = stream.nbytes
+            self.engine.add_request(made)
+        elif message.finished:
+            self.channel.send(m.frame(m.Skipped(request_id)))
+
     def _step(self) -> None:
         now = time.monotonic()
         for request in self._open.values():
             request.started = request.started or now
-        frames = [self._frame(event) for event in self.engine.step()]
+        frames = [frame for event in self.engine.step() if (frame := self._frame(event))]
         if frames:
             self.channel.send(*frames)
 
     def _frame(self, event: StageEvent) -> bytes:
+        """What the driver is to hear of it."""
         if isinstance(event, StageChunk):
             try:
                 return self._output(event)
@@ -186,15 +221,25 @@ class _Stage:
         request_id, finished = event.request_id, event.finished
         request = self._open.get(request_id) or _Open(now, None, now)
         if finished:
-            self._open.pop(request_id, None)
-        packed = self.codec.pack(event.data, self._driver)
+            self._forget(request_id)
+        lane = self.channel.lane_out if request.direct else None
+        packed = self.codec.pack(event.data, self._driver if lane is None else lane.reader)
         started = request.started if event.started is None else event.started
-        spans = list(event.spans)
-        output = m.Output(request_id, finished, request.received, started, now, packed.shared, packed.tree, spans)
-        return m.frame(output, packed)
+        times = request.received, started, now
+        if lane is None:
+            facts = list(event.spans), request.came, request.bytes_in
+            return m.frame(m.Output(request_id, finished, *times, packed.shared, packed.tree, *facts), packed)
+        frame = m.frame(m.Output(request_id, finished, *times, packed.shared, packed.tree), packed)
+        lane.send(frame)
+        request.bytes_out += len(frame) + packed.shared
+        if not finished:
+            return b""
+        nothing = self.codec.pack({})
+        facts = [], request.came, request.bytes_in
+        return m.frame(m.Output(request_id, True, *times, request.bytes_out, nothing.tree, *facts), nothing)
 
     def _failure(self, request_id: str, error: OmniError) -> bytes:
-        self._open.pop(request_id, None)
+        self._forget(request_id)
         return m.frame(m.Failure(request_id, m.WireError.of(error, self.start.stage_id)))
 
     def _call(self, message: m.Call, buffers: memoryview) -> None:
@@ -271,7 +316,7 @@ def stage_main(fd: int, parent_pid: int, page: int) -> int:
     sock = socket.socket(fileno=fd)
     sock.set_inheritable(False)
     _watch_driver(sock, state)
-    channel = _Channel(sock)
+    channel = Channel(sock)
     first = channel.receive(None)
     while first == []:
         first = channel.receive(None)
@@ -279,6 +324,7 @@ def stage_main(fd: int, parent_pid: int, page: int) -> int:
         return 1
     start, buffers = first[0]
     assert isinstance(start, m.Start)
+    channel.open_lanes(start.lane_in, start.lane_out)
     name_process(f"omni-stage-{start.stage_id}")
     process.current_process().name = f"stage-{start.stage_id}"  # for log lines
     arena = Arena()
@@ -296,7 +342,7 @@ def stage_main(fd: int, parent_pid: int, page: int) -> int:
         gc.freeze()  # what is loaded stays: no collection need look at it
         facts = codec.pack(info.facts)
         channel.send(m.frame(m.Ready(info.name, info.ranks, info.pids, facts.tree), facts))
-        _Stage(channel, start, codec, engine).serve()
+        StageServer(channel, start, codec, engine).serve()
         state["stopping"] = True
         engine.close()
         channel.send(m.frame(m.Stopped()))
@@ -312,7 +358,7 @@ def stage_main(fd: int, parent_pid: int, page: int) -> int:
         arena.close()
 
 
-def _report(channel: _Channel, failed: m.Failed) -> None:
+def _report(channel: Channel, failed: m.Failed) -> None:
     try:
         channel.send(m.frame(failed))
     except OSError:

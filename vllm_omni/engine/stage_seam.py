@@ -37,6 +37,10 @@ class StageOutput(msgspec.Struct, frozen=True):
     """Bytes of ``data``, those in shared memory included."""
     spans: Sequence[Span] = ()
     """What the engine did for it since its last output, of requests that are traced."""
+    came: float = 0.0
+    """When the source sent the first chunk, where that came to the stage straight from it; else 0."""
+    bytes_in: int = 0
+    """Bytes that came straight from it so far."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,9 @@ class StageListener(Protocol):
 
     def on_output(self, stage_id: int, output: StageOutput) -> None:
         """An output, in the order in which the stage made them."""
+
+    def on_skipped(self, stage_id: int, request_id: str) -> None:
+        """The source has ended, and the edge function, called by the stage itself, asked it for nothing."""
 
     def on_progress(self, stage_id: int, request_id: str, step: int, total: int) -> None:
         """A request got one step further."""
@@ -115,6 +122,7 @@ class StageClient(ABC):
         last: bool,
         read: bool = True,
         trace: Mapping[str, str] | None = None,
+        direct: bool = False,
     ) -> int:
         """Send a request or a further chunk of one.
 
@@ -127,6 +135,7 @@ class StageClient(ABC):
             last: whether none follows.
             read: whether another stage reads the outputs.
             trace: None for a request that is not traced; else the headers of the span that it belongs to.
+            direct: whether the stage sends its outputs straight to the next, which was told to ``expect`` them.
 
         Returns:
             Bytes that travel, those in shared memory included.
@@ -134,6 +143,25 @@ class StageClient(ABC):
         Raises:
             RequestError: the prompt or the parameters hold something that cannot travel.
         """
+
+    def expect(self, request_id: str, prompt: Any, params: Any, deadline: float | None, direct: bool) -> bool:
+        """Tell the stage of a request whose chunks will come straight from its source. The source must not hear of the
+        request before this returns.
+
+        Args:
+            request_id: the request.
+            prompt: the user's prompt, for the edge function.
+            params: sampling parameters of this stage.
+            deadline: ``time.monotonic()`` second.
+            direct: as of ``submit``.
+
+        Returns:
+            Whether the stage has it. If not, the chunks must go by way of the driver.
+
+        Raises:
+            RequestError: the prompt or the parameters hold something that cannot travel.
+        """
+        raise NotImplementedError  # no direct edge leads to a stage whose client has none
 
     @abstractmethod
     def abort(self, request_ids: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 Everything happens in callbacks of the loop: a stage's output arrives, is handed to the caller and to the edges that
 leave the stage, and what the edges return is sent to the next stage before the callback returns. There is no task, no
-queue and no timer per hop, and nothing polls. A request is one ``_Flow``; it ends once: with its last output, an
+queue and no timer per hop, and nothing polls. A request is one ``Flow``; it ends once: with its last output, an
 error, an abort or its deadline, and whatever stages still hold of it is aborted then.
 """
 
@@ -11,78 +11,24 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-import traceback
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_omni.distributed.omni_connectors.utils.serialization import leaf_refs
+from vllm_omni.engine.inbox import Inbox, input_error
 from vllm_omni.engine.stage_seam import StageLoad
+from vllm_omni.entrypoints.flow import Flow, Visit
 from vllm_omni.entrypoints.results import shown_part
 from vllm_omni.entrypoints.sinks import RequestSink
 from vllm_omni.entrypoints.stage_client import StageClient, StageOutput
 from vllm_omni.entrypoints.stage_graph import StageGraph, StageNode
-from vllm_omni.entrypoints.tracing import RequestTrace, StageTrace, Tracing
-from vllm_omni.errors import OmniError, RequestAborted, StageDeadError, StageError, from_wire
-from vllm_omni.inputs.edge import EdgeInput
+from vllm_omni.entrypoints.tracing import Tracing
+from vllm_omni.errors import OmniError, RequestAborted, StageDeadError, from_wire
+from vllm_omni.inputs.edge import pass_on
 from vllm_omni.outputs import Preview
 from vllm_omni.request import OmniRequest
-
-
-@dataclass(slots=True)
-class _Inbox:
-    """The stream of chunks into one stage, for one request."""
-
-    pending: dict[int, list[dict[str, Any]]]
-    open_sources: set[int]
-    calls: int = 0
-    carry: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Visit:
-    """One request in one stage."""
-
-    targets: list[int]
-    """Stages that read its outputs."""
-    final: bool
-    """Whether the caller gets them."""
-    submitted: float = 0.0
-    admitted: bool = False
-    backlog: list[tuple[Any, bool]] = field(default_factory=list)
-    finished: bool = False
-    sent: int = 0
-    times: dict[str, float] = field(default_factory=dict)
-    bytes_in: int = 0
-    bytes_out: int = 0
-    trace: StageTrace | None = None
-
-
-@dataclass(slots=True)
-class _Flow:
-    """One open request."""
-
-    key: str
-    request: OmniRequest
-    sink: RequestSink
-    needed: frozenset[int]
-    visits: dict[int, _Visit] = field(default_factory=dict)
-    inboxes: dict[int, _Inbox] = field(default_factory=dict)
-    timer: asyncio.TimerHandle | None = None
-    opened: float = field(default_factory=time.monotonic)
-    trace: RequestTrace | None = None
-
-    def metrics(self) -> dict[str, Any]:
-        return {str(stage_id): dict(visit.times) for stage_id, visit in sorted(self.visits.items())}
-
-    def where(self) -> tuple[str, int | None]:
-        """Phase and stage in which the request is now, for the deadline's error."""
-        for stage_id, visit in sorted(self.visits.items()):
-            if not visit.finished:
-                return ("running in" if visit.admitted else "waiting for"), stage_id
-        return "between stages", None
 
 
 class Orchestrator:
@@ -92,11 +38,11 @@ class Orchestrator:
         self._graph = graph
         self._clients = clients
         self._tracing = tracing
-        self._flows: dict[str, _Flow] = {}
+        self._flows: dict[str, Flow] = {}
         self._by_user_id: dict[str, set[str]] = {}
         self._dead: dict[int, StageDeadError] = {}
         self._inflight: dict[int, int] = dict.fromkeys(clients, 0)
-        self._waiting: dict[int, deque[_Flow]] = {stage_id: deque() for stage_id in clients}
+        self._waiting: dict[int, deque[Flow]] = {stage_id: deque() for stage_id in clients}
         self._serial = itertools.count()
         self._salt = uuid.uuid4().hex[:8]
 
@@ -117,11 +63,11 @@ class Orchestrator:
         for stage_id, error in self._dead.items():
             if stage_id in needed:
                 raise StageDeadError(error.message, **error.details)
-        flow = _Flow(f"{request.request_id}-{self._salt}{next(self._serial):x}", request, sink, needed)
+        flow = Flow(f"{request.request_id}-{self._salt}{next(self._serial):x}", request, sink, needed)
         for stage_id in needed:
             sources = self._graph.node(stage_id).sources
             if sources:
-                flow.inboxes[stage_id] = _Inbox({source: [] for source in sources}, set(sources))
+                flow.inboxes[stage_id] = Inbox(sources)
         if self._tracing is not None:
             flow.trace = self._tracing.begin(request, flow.opened)
         self._flows[flow.key] = flow
@@ -172,13 +118,13 @@ class Orchestrator:
         """The first stage's death, if one has died."""
         return next(iter(self._dead.values()), None)
 
-    def _expire(self, flow: _Flow) -> None:
+    def _expire(self, flow: Flow) -> None:
         phase, stage_id = flow.where()
         assert flow.request.deadline is not None
         text = phase if stage_id is None else f"{phase} stage {stage_id}"
         self._end(flow, flow.request.deadline.error(text, stage_id))
 
-    def _end(self, flow: _Flow, error: OmniError | None) -> None:
+    def _end(self, flow: Flow, error: OmniError | None) -> None:
         """The one way a request ends."""
         if self._flows.get(flow.key) is not flow:
             return
@@ -186,7 +132,7 @@ class Orchestrator:
         _drop_frames(error)
         flow.sink.on_end(error)
 
-    def _forget(self, flow: _Flow, error: OmniError | None) -> None:
+    def _forget(self, flow: Flow, error: OmniError | None) -> None:
         del self._flows[flow.key]
         if flow.trace is not None:
             flow.trace.end(error)
@@ -204,19 +150,17 @@ class Orchestrator:
 
     # ---------------------------------------------------------------- into a stage
 
-    def _send(self, flow: _Flow, stage_id: int, prompt: Any, last: bool) -> None:
+    def _send(self, flow: Flow, stage_id: int, prompt: Any, last: bool) -> None:
         """Send a chunk to a stage, or keep it until the stage admits the request."""
         visit = flow.visits.get(stage_id)
         if visit is None:
             node = self._graph.node(stage_id)
-            final = node.final_output and self._graph.wanted(node, flow.request.output_modalities)
-            targets = [target for target in node.targets if target in flow.needed]
-            visit = flow.visits[stage_id] = _Visit(targets, final, time.monotonic())
-            visit.times["start_s"] = visit.submitted - flow.opened
+            visit = self._enter(flow, node)
             if flow.trace is not None:
                 visit.trace = flow.trace.enter(stage_id, visit.submitted)
             if node.max_inflight is None or self._inflight[stage_id] < node.max_inflight:
                 self._admit(flow, stage_id, visit)
+                visit.direct = self._expect_behind(flow, node)
             else:
                 self._waiting[stage_id].append(flow)
         if visit.admitted:
@@ -224,7 +168,42 @@ class Orchestrator:
         else:
             visit.backlog.append((prompt, last))
 
-    def _admit(self, flow: _Flow, stage_id: int, visit: _Visit) -> None:
+    def _enter(self, flow: Flow, node: StageNode) -> Visit:
+        final = node.final_output and self._graph.wanted(node, flow.request.output_modalities)
+        targets = [target for target in node.targets if target in flow.needed]
+        visit = flow.visits[node.stage_id] = Visit(targets, final, submitted=time.monotonic())
+        visit.times["start_s"] = visit.submitted - flow.opened
+        return visit
+
+    def _expect_behind(self, flow: Flow, source: StageNode) -> bool:
+        """Tell the stage behind ``source`` of the request, if it can get its chunks straight from there.
+
+        Traced requests go by way of the driver, which notes when. Returns whether this one goes straight."""
+        if source.direct_target is None or flow.trace is not None:
+            return False
+        node = self._graph.node(source.direct_target)
+        visit = self._enter(flow, node)
+        self._admit(flow, node.stage_id, visit)
+        visit.direct = self._expect_behind(flow, node)
+        request = flow.request
+        at = None if request.deadline is None else request.deadline.at
+        prompt = None if node.process_input is pass_on else request.prompt
+        client, params = self._clients[node.stage_id], request.sampling_params[node.stage_id]
+        if client.expect(flow.key, prompt, params, at, visit.direct):
+            return True
+        self._expect_no_more(flow, node.stage_id)
+        return False
+
+    def _expect_no_more(self, flow: Flow, stage_id: int) -> None:
+        """A stage that was told of a request gets nothing of it straight from its source, nor do those behind it."""
+        visit = flow.visits.pop(stage_id)
+        self._clients[stage_id].abort([flow.key])
+        self._leave(flow, stage_id, visit)
+        target = self._graph.node(stage_id).direct_target
+        if visit.direct and target is not None:
+            self._expect_no_more(flow, target)
+
+    def _admit(self, flow: Flow, stage_id: int, visit: Visit) -> None:
         self._inflight[stage_id] += 1
         visit.admitted = True
         now = time.monotonic()
@@ -232,24 +211,25 @@ class Orchestrator:
         if visit.trace is not None:
             visit.trace.admitted = now
 
-    def _flush(self, flow: _Flow, stage_id: int, visit: _Visit) -> None:
+    def _flush(self, flow: Flow, stage_id: int, visit: Visit) -> None:
         backlog, visit.backlog = visit.backlog, []
         for prompt, last in backlog:
             self._submit(flow, stage_id, visit, prompt, last)
 
-    def _submit(self, flow: _Flow, stage_id: int, visit: _Visit, prompt: Any, last: bool) -> None:
+    def _submit(self, flow: Flow, stage_id: int, visit: Visit, prompt: Any, last: bool) -> None:
         at = None if flow.request.deadline is None else flow.request.deadline.at
         params = flow.request.sampling_params[stage_id]
         trace = visit.trace
         headers = None if trace is None else trace.headers
         read = bool(visit.targets)
-        nbytes = self._clients[stage_id].submit(flow.key, prompt, params, at, visit.sent, last, read, headers)
+        words = flow.key, prompt, params, at, visit.sent, last, read, headers, visit.direct
+        nbytes = self._clients[stage_id].submit(*words)
         visit.sent += 1
         visit.bytes_in += nbytes
         if trace is not None:
             trace.sent(nbytes)
 
-    def _leave(self, flow: _Flow, stage_id: int, visit: _Visit) -> None:
+    def _leave(self, flow: Flow, stage_id: int, visit: Visit) -> None:
         """A request is done with a stage; the next one that waits may enter."""
         visit.finished = True
         if not visit.admitted:
@@ -269,7 +249,18 @@ class Orchestrator:
         if flow is None:
             return  # aborted meanwhile; dropping the output frees its memory
         visit = flow.visits[stage_id]
+        if output.finished and any(
+            i in flow.visits and flow.visits[i].ahead for i in self._graph.node(stage_id).sources
+        ):
+            visit.held = output  # it overtook what its source says of its own end; times are reported in full
+            return
+        self._take(flow, stage_id, visit, output)
+
+    def _take(self, flow: Flow, stage_id: int, visit: Visit, output: StageOutput) -> None:
         visit.bytes_out += output.nbytes
+        if output.came:
+            visit.submitted, visit.bytes_in = output.came, output.bytes_in
+            visit.times["start_s"] = output.came - flow.opened
         if visit.trace is not None:
             visit.trace.got(output)
         if output.finished:
@@ -281,15 +272,29 @@ class Orchestrator:
                 leaf.shared = True
         if shown is not None:
             flow.sink.on_output(stage_id, shown, output.finished, flow.metrics())
-        for target in visit.targets:
+        for target in () if visit.direct else visit.targets:
             if flow.key in self._flows:
                 self._feed(flow, stage_id, target, output)
-        if (
-            output.finished
-            and all(flow.visits[i].finished for i in flow.needed if i in flow.visits)
-            and self._complete(flow)
-        ):
+        if output.finished:
+            self._finished(flow, visit)
+
+    def _finished(self, flow: Flow, visit: Visit) -> None:
+        """A stage has ended a request: what waited for that goes on."""
+        for target in visit.targets if visit.direct else ():
+            behind = flow.visits.get(target)
+            if behind is not None and behind.held is not None:
+                self._take(flow, target, behind, behind.held)
+                return
+        if self._complete(flow):
             self._end(flow, None)
+
+    def on_skipped(self, stage_id: int, request_id: str) -> None:
+        flow = self._flows.get(request_id)
+        if flow is not None:
+            self._expect_no_more(flow, stage_id)
+            self._skip(flow, stage_id)
+            if self._complete(flow):
+                self._end(flow, None)
 
     def on_progress(self, stage_id: int, request_id: str, step: int, total: int) -> None:
         flow = self._flows.get(request_id)
@@ -318,7 +323,7 @@ class Orchestrator:
         for client in self._clients.values():
             client.flush()
 
-    def _note_times(self, visit: _Visit, output: StageOutput) -> None:
+    def _note_times(self, visit: Visit, output: StageOutput) -> None:
         arriving = max(0.0, output.received - visit.submitted - visit.times["wait_s"])
         leaving = time.monotonic() - output.sent
         times = visit.times
@@ -328,41 +333,33 @@ class Orchestrator:
         times["queue_s"] = output.started - output.received
         times["run_s"] = output.sent - output.started
 
-    def _complete(self, flow: _Flow) -> bool:
+    def _complete(self, flow: Flow) -> bool:
         """Whether no stage has anything to do for the request any more."""
+        if not all(visit.finished for visit in flow.visits.values()):
+            return False
         return all(stage_id in flow.visits or inbox.calls < 0 for stage_id, inbox in flow.inboxes.items())
 
     # ---------------------------------------------------------------- edges
 
-    def _feed(self, flow: _Flow, source: int, target: int, output: StageOutput) -> None:
+    def _feed(self, flow: Flow, source: int, target: int, output: StageOutput) -> None:
         """Put an output into a stage's inbox and call the edge function when there is enough."""
         node, inbox = self._graph.node(target), flow.inboxes[target]
         visit = flow.visits.get(target)
         if visit is not None and visit.finished:
             return
-        inbox.pending[source].append(output.data)
-        if output.finished:
-            inbox.open_sources.discard(source)
-        for origin in inbox.open_sources:
-            if not 0 < node.windows[origin] <= len(inbox.pending[origin]):
-                return
-        self._guarded(flow, target, self._cross, flow, node, inbox, not inbox.open_sources)
+        if inbox.add(source, output.data, output.finished, node):
+            self._guarded(flow, target, self._cross, flow, node, inbox)
 
-    def _cross(self, flow: _Flow, node: StageNode, inbox: _Inbox, last: bool) -> None:
-        outputs, inbox.pending = inbox.pending, {source: [] for source in inbox.pending}
-        params = flow.request.sampling_params[node.stage_id]
-        edge = EdgeInput(
-            flow.key, outputs, flow.request.prompt, params, inbox.calls, last, inbox.carry, node.extra, node.config
-        )
-        prompt = node.process_input(edge)
-        inbox.calls += 1
+    def _cross(self, flow: Flow, node: StageNode, inbox: Inbox) -> None:
+        last = not inbox.open_sources
+        prompt = inbox.call(node, flow.key, flow.request.prompt, flow.request.sampling_params[node.stage_id])
         if prompt is None and not (last and node.stage_id in flow.visits):
             if last:
                 self._skip(flow, node.stage_id)
             return
         self._send(flow, node.stage_id, prompt, last)
 
-    def _skip(self, flow: _Flow, stage_id: int) -> None:
+    def _skip(self, flow: Flow, stage_id: int) -> None:
         """An edge said that the stage, and so everything behind it alone, has nothing to do for this request."""
         flow.inboxes[stage_id].calls = -1
         for target in self._graph.node(stage_id).targets:
@@ -373,20 +370,16 @@ class Orchestrator:
             if inbox.open_sources:
                 continue
             if any(inbox.pending.values()) or target in flow.visits:
-                self._guarded(flow, target, self._cross, flow, self._graph.node(target), inbox, True)
+                self._guarded(flow, target, self._cross, flow, self._graph.node(target), inbox)
             else:
                 self._skip(flow, target)
 
-    def _guarded(self, flow: _Flow, stage_id: int, action: Callable[..., None], *args: Any) -> None:
+    def _guarded(self, flow: Flow, stage_id: int, action: Callable[..., None], *args: Any) -> None:
         """Run what may fail for this request alone; a failure ends the request, typed."""
         try:
             action(*args)
-        except OmniError as error:
-            error.details.setdefault("stage_id", stage_id)
-            self._end(flow, error)
-        except Exception as error:  # an edge function is foreign code: its error is the request's, not the loop's
-            text = f"the input function of stage {stage_id} raised {type(error).__name__}: {error}"
-            self._end(flow, StageError(text, stage_id=stage_id, cause=traceback.format_exc()))
+        except Exception as error:
+            self._end(flow, input_error(error, stage_id))
 
 
 def _drop_frames(error: BaseException | None) -> None:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from vllm_omni.config.stage import StageConfig
 from vllm_omni.distributed.omni_connectors.factory import stage_threshold
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
+from vllm_omni.engine.messages import Edge
 from vllm_omni.engine.stage_seam import StageClient
 from vllm_omni.entrypoints import omni_args
 from vllm_omni.entrypoints.gpu_sharing import GpuSharing, share_gpus
 from vllm_omni.entrypoints.stage_arguments import runs_on_vllm
 from vllm_omni.entrypoints.stage_client import ProcessStageClient
+from vllm_omni.entrypoints.stage_graph import direct_edges
 from vllm_omni.entrypoints.stage_launch import StageHandle, StageSpec, end, launch_all
 
 if TYPE_CHECKING:
@@ -61,7 +63,8 @@ def start_stages(setup: omni_args.OmniSetup, codec: Codec) -> RunningStages:
     args = setup.args
     ours = [stage for stage in setup.pipeline.stages if not runs_on_vllm(stage)]
     vllm = [stage for stage in setup.pipeline.stages if runs_on_vllm(stage)]
-    specs = [_spec(setup, stage) for stage in ours]
+    edges = direct_edges(setup.pipeline)
+    specs = [_spec(setup, stage, edges.get(stage.stage_id)) for stage in ours]
     thresholds = [_threshold(setup, stage) for stage in vllm]
     configs = [(spec, spec.config()) for spec in omni_args.ar_specs(setup, vllm, thresholds)] if vllm else []
     running = RunningStages(sharing=share_gpus(setup))
@@ -87,7 +90,7 @@ def _threshold(setup: omni_args.OmniSetup, stage: StageConfig) -> int:
     return stage_threshold(stage.stage_id, [c for c in connectors if c is not None], setup.args.shm_threshold_bytes)
 
 
-def _spec(setup: omni_args.OmniSetup, stage: StageConfig) -> StageSpec:
+def _spec(setup: omni_args.OmniSetup, stage: StageConfig, edge: Edge | None) -> StageSpec:
     return StageSpec(
         stage.stage_id,
         omni_args.engine_class(stage),
@@ -95,4 +98,5 @@ def _spec(setup: omni_args.OmniSetup, stage: StageConfig) -> StageSpec:
         _threshold(setup, stage),
         setup.args.batch_timeout,
         stage.runtime.max_batch_size or 64,
+        edge=edge,
     )

@@ -86,8 +86,12 @@ class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
                     message.sent,
                     memoryview(message.payload).nbytes + len(buffers) + message.shared,
                     message.spans,
+                    message.came,
+                    message.bytes_in,
                 ),
             )
+        elif isinstance(message, m.Skipped):
+            listener.on_skipped(self.stage_id, message.request_id)
         elif isinstance(message, m.Progress):
             listener.on_progress(self.stage_id, message.request_id, message.step, message.total)
         elif isinstance(message, m.Preview):
@@ -175,13 +179,23 @@ class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
         last: bool,
         read: bool = True,
         trace: Mapping[str, str] | None = None,
+        direct: bool = False,
     ) -> int:
         if self._dead is not None:
             raise self._dead
         packed = self._codec.pack([prompt] if chunk else [prompt, params], self._handle.process.pid)
-        frame = m.frame(m.Submit(request_id, deadline, chunk, last, trace is not None, packed.tree), packed)
+        frame = m.frame(m.Submit(request_id, deadline, chunk, last, trace is not None, packed.tree, direct), packed)
         self._write(frame)
         return len(frame) + packed.shared
+
+    def expect(self, request_id: str, prompt: Any, params: Any, deadline: float | None, direct: bool) -> bool:
+        if self._dead is not None:
+            raise self._dead
+        packed = self._codec.pack([prompt, params], self._handle.process.pid)
+        self._write(m.frame(m.Expect(request_id, deadline, direct, packed.tree), packed))
+        self.flush()
+        transport = self._transport
+        return transport is not None and not self._unsent and transport.get_write_buffer_size() == 0
 
     def abort(self, request_ids: Sequence[str]) -> None:
         if self._dead is None and self._transport is not None:

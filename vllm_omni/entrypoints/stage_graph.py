@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_omni.config.stage import PipelineConfig, StageConfig
+from vllm_omni.engine.messages import Edge
+from vllm_omni.entrypoints.stage_arguments import runs_on_vllm
 from vllm_omni.errors import ConfigError, RequestError
 from vllm_omni.inputs.edge import EdgeFunction, pass_on
 
@@ -31,6 +34,8 @@ class StageNode:
     """Settings for ``process_input``: ``extra`` of the connectors that feed the stage."""
     config: Any = None
     """The checkpoint's configuration, for ``process_input``."""
+    direct_target: int | None = None
+    """The stage whose process may get the outputs straight from this one's."""
 
 
 class StageGraph:
@@ -54,12 +59,13 @@ class StageGraph:
             for source in stage.engine_input_source:
                 targets[source].append(stage.stage_id)
         checkpoints = _checkpoint_configs(config)
-        return cls(
-            [
-                _node(config, stage, tuple(targets[stage.stage_id]), checkpoints.get(stage.engine_args.get("model")))
-                for stage in config.stages
-            ]
-        )
+        nodes = [
+            _node(config, stage, tuple(targets[stage.stage_id]), checkpoints.get(stage.engine_args.get("model")))
+            for stage in config.stages
+        ]
+        given = {node.stage_id: node.config for node in nodes}  # no direct edge's function gets a checkpoint's
+        direct = {edge.source: target for target, edge in direct_edges(config).items() if given[target] is None}
+        return cls([replace(node, direct_target=direct.get(node.stage_id)) for node in nodes])
 
     def node(self, stage_id: int) -> StageNode:
         """The node of a stage."""
@@ -106,11 +112,36 @@ class StageGraph:
         return frozenset(needed)
 
 
+def direct_edges(config: PipelineConfig) -> dict[int, Edge]:
+    """By target: the streamed edges whose chunks may go straight from process to process.
+
+    Both stages run in processes of this package (vLLM's engines take input from one client alone), neither end has
+    another edge there, nobody but the target gets the source's outputs, and the driver need not hold requests back.
+    """
+    readers = Counter(source for stage in config.stages for source in stage.engine_input_source)
+    by_id = {stage.stage_id: stage for stage in config.stages}
+    found = {}
+    for stage in config.stages:
+        if len(stage.engine_input_source) != 1 or config.runtime.defaults.max_inflight is not None:
+            continue
+        source = by_id[stage.engine_input_source[0]]
+        window = config.window(source.stage_id, stage.stage_id)
+        alone = readers[source.stage_id] == 1 and not source.final_output
+        if window > 0 and alone and not runs_on_vllm(stage) and not runs_on_vllm(source):
+            extra = _extra(config, stage)
+            found[stage.stage_id] = Edge(source.stage_id, stage.custom_process_input_func, window, extra)
+    return found
+
+
+def _extra(config: PipelineConfig, stage: StageConfig) -> dict[str, Any]:
+    """Settings of the connectors that feed a stage."""
+    feeding = [config.connector(source, stage.stage_id) for source in stage.engine_input_source]
+    return {key: value for connector in feeding if connector is not None for key, value in connector.extra.items()}
+
+
 def _checkpoint_configs(config: PipelineConfig) -> dict[Any, Any]:
     """What transformers reads of each checkpoint that more than one stage on vLLM is a part of."""
-    on_vllm = [
-        stage for stage in config.stages if stage.stage_type != "diffusion" and "engine_cls" not in stage.engine_args
-    ]
+    on_vllm = [stage for stage in config.stages if runs_on_vllm(stage)]
     if len(on_vllm) < 2:
         return {}
     from vllm.transformers_utils.config import get_config
@@ -123,7 +154,6 @@ def _checkpoint_configs(config: PipelineConfig) -> dict[Any, Any]:
 
 
 def _node(config: PipelineConfig, stage: StageConfig, targets: tuple[int, ...], checkpoint: Any) -> StageNode:
-    feeding = [config.connector(source, stage.stage_id) for source in stage.engine_input_source]
     return StageNode(
         stage_id=stage.stage_id,
         sources=stage.engine_input_source,
@@ -133,7 +163,7 @@ def _node(config: PipelineConfig, stage: StageConfig, targets: tuple[int, ...], 
         process_input=_function(stage.custom_process_input_func) if stage.custom_process_input_func else pass_on,
         windows={source: config.window(source, stage.stage_id) for source in stage.engine_input_source},
         max_inflight=config.runtime.defaults.max_inflight,
-        extra={key: value for connector in feeding if connector is not None for key, value in connector.extra.items()},
+        extra=_extra(config, stage),
         config=checkpoint,
     )
 

@@ -4,6 +4,7 @@ loop."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import selectors
@@ -51,6 +52,8 @@ class StageSpec:
     """Requests at which it stops waiting."""
     env: Mapping[str, str] = field(default_factory=dict)
     """What its processes get in their environment beside the driver's."""
+    edge: m.Edge | None = None
+    """The direct edge that leads to it."""
 
 
 @dataclass
@@ -66,16 +69,22 @@ class StageHandle:
     reader: m.FrameReader = field(default_factory=m.FrameReader)
 
 
-def launch(spec: StageSpec, codec: Codec) -> StageHandle:
+Lanes = Mapping[int, tuple[socket.socket, socket.socket]]
+"""By source: both ends of the lane to the one stage that reads from it."""
+
+
+def launch(spec: StageSpec, codec: Codec, lanes: Lanes) -> StageHandle:
     """Start the process of one stage; returns at once."""
     ours, theirs = socket.socketpair()
+    lane_in = -1 if spec.edge is None else lanes[spec.edge.source][1].fileno()
+    lane_out = lanes[spec.stage_id][0].fileno() if spec.stage_id in lanes else -1
     parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
     page = PulsePage()
     with theirs:
         numbers = [str(number) for number in (theirs.fileno(), parent, page.fd)]
         process = subprocess.Popen(
             [sys.executable, "-c", _BOOT, *numbers, json.dumps(sys.path)],
-            pass_fds=[theirs.fileno(), page.fd],
+            pass_fds=[theirs.fileno(), page.fd, *(number for number in (lane_in, lane_out) if number >= 0)],
             stdin=subprocess.DEVNULL,
             env=child_environment(spec.env),
             process_group=0,
@@ -84,7 +93,8 @@ def launch(spec: StageSpec, codec: Codec) -> StageHandle:
     try:
         args = codec.pack(spec.engine_args, process.pid)
         limits = spec.threshold, spec.batch_wait, spec.batch_size
-        ours.sendall(m.frame(m.Start(spec.stage_id, spec.engine_cls, *limits, args.tree), args))
+        edge = spec.edge, lane_in, lane_out
+        ours.sendall(m.frame(m.Start(spec.stage_id, spec.engine_cls, *limits, args.tree, *edge), args))
     except (OmniError, OSError):
         end([handle], grace=0.0)
         raise
@@ -102,8 +112,12 @@ def launch_all(specs: Sequence[StageSpec], codec: Codec, stage_timeout: float, t
     handles: list[StageHandle] = []
     began = time.monotonic()
     try:
-        for spec in specs:
-            handles.append(launch(spec, codec))
+        with contextlib.ExitStack() as ends:  # of lanes, which are the stages' alone
+            lanes = {spec.edge.source: socket.socketpair() for spec in specs if spec.edge is not None}
+            for end_of_lane in itertools.chain.from_iterable(lanes.values()):
+                ends.enter_context(end_of_lane)
+            for spec in specs:
+                handles.append(launch(spec, codec, lanes))
         _wait_ready(handles, codec, began, stage_timeout, timeout)
     except BaseException:
         end(handles, grace=0.5)

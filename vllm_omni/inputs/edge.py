@@ -1,8 +1,8 @@
 """What a function on an edge of the stage graph gets.
 
 An edge function turns outputs of the source stages into the next chunk of input of the receiving stage. It is named in
-the stage configuration (``custom_process_input_func: "module.function"``), is called by the driver, and has to be quick
-and free of side effects::
+the stage configuration (``custom_process_input_func: "module.function"``), is called by the driver (on a direct edge:
+by the receiving stage's process), and has to be quick and free of side effects::
 
     @reads("speaker")
     def thinker2talker(edge: EdgeInput) -> dict | None:

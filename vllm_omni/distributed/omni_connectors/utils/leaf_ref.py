@@ -51,15 +51,16 @@ class LeafRef:
             self._arena.release(self.ref)
 
 
-def resolve(obj: Any) -> Any:
-    """``obj`` with every ``LeafRef`` replaced by a copy of its value, which may be kept for as long as one likes."""
+def resolve(obj: Any, copy: bool = True) -> Any:
+    """``obj`` with every ``LeafRef`` replaced by a copy of its value, which may be kept for as long as one likes; or by
+    the value itself, as ``LeafRef.load`` gives it."""
     kind = type(obj)
     if kind is LeafRef:
-        return obj.load(copy=True)
+        return obj.load(copy)
     if kind is dict:
-        return {key: resolve(value) for key, value in obj.items()}
+        return {key: resolve(value, copy) for key, value in obj.items()}
     if kind is list or kind is tuple:
-        return kind(resolve(value) for value in obj)
+        return kind(resolve(value, copy) for value in obj)
     return obj
 
 
