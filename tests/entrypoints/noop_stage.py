@@ -10,10 +10,12 @@ What it does with a request stands in the prompt (a dictionary; text is an echo)
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm_omni.engine.stage_engine import (
@@ -32,7 +34,7 @@ class NoopStage(StageEngine):
     """Echoes its input."""
 
     def __init__(self, stage_id: int, engine_args: dict[str, Any]) -> None:
-        known = {"model", "refuse", "load_seconds", "max_num_seqs", "devices", "report", "progress"}
+        known = {"model", "refuse", "load_seconds", "max_num_seqs", "devices", "report", "progress", "at_exit"}
         for name in engine_args:
             if name not in known:
                 raise ConfigError(f"unknown {name}", field=name)
@@ -40,6 +42,8 @@ class NoopStage(StageEngine):
             raise ConfigError(f"refused: {engine_args['refuse']}", field="refuse")
         if engine_args.get("load_seconds"):
             time.sleep(engine_args["load_seconds"])
+        if engine_args.get("at_exit"):
+            atexit.register(Path(engine_args["at_exit"]).touch)
         self.stage_id = stage_id
         self.args = engine_args
         self.queue: list[StageInput] = []

@@ -304,3 +304,14 @@ async def test_an_output_that_cannot_travel_fails_its_request(start: Start) -> N
     with pytest.raises(StageError, match=r"output additional_information\.odd: a builtins\.complex cannot travel"):
         await collect(engine, ask(odd="complex"))
     assert len(await collect(engine, ask())) == 1
+
+
+async def test_a_stage_that_has_closed_ends_at_once(start: Start, tmp_path: Path) -> None:
+    """Without the interpreter's tear-down: libraries print, or crash when a profile is still being taken."""
+    marker = tmp_path / "torn down"
+    engine = start([stage(0, final="text", engine={"at_exit": str(marker)})])
+    assert len(await collect(engine, ask())) == 1
+    (process,) = children()
+    engine.shutdown()
+    assert not process.is_running()
+    assert not marker.exists()

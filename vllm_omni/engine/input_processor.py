@@ -240,7 +240,7 @@ class OmniInputProcessor(InputProcessor):
             return prompt["engine_input"]
         if set(prompt) == {"prompt_token_ids"}:
             return {"type": "token", "prompt_token_ids": list(prompt["prompt_token_ids"]), "arrival_time": time.time()}
-        check_media(prompt.get("multi_modal_data", {}))
+        check_media(prompt.get("multi_modal_data", {}), prompt.get("multi_modal_uuids", ()))
         if prompt.get("mm_processor_kwargs"):
             check_processor_kwargs(prompt["mm_processor_kwargs"], self.renderer.mm_processor)
         if "prompt_token_ids" in prompt:

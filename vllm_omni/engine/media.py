@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -20,15 +20,20 @@ _FORMS = {
 _ARRAYS = (np.ndarray, torch.Tensor)
 
 
-def check_media(media: Mapping[str, Any]) -> None:
+def check_media(media: Mapping[str, Any], named: Collection[str] = ()) -> None:
     """Check ``multi_modal_data``: one medium a kind, or a list of them; a medium alone or with what is known of it.
+
+    Args:
+        named: kinds whose media are known by their uuids; None stands for such a one.
 
     Raises:
         RequestError: a medium that is not decoded, that is empty, or whose numbers are none.
     """
     for kind, given in media.items():
         for item in given if isinstance(given, list) else [given]:
-            if item is not None:  # which stands for a medium that is known by its uuid
+            if item is None and kind not in named:
+                raise _wrong(f"{kind}: None is no medium; allowed is {_FORMS.get(kind, 'a medium')}")
+            if item is not None:
                 values, about = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
                 _check_values(kind, values)
                 if kind == "audio" and about is not None:

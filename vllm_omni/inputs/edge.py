@@ -25,6 +25,9 @@ from typing import Any
 
 import msgspec
 
+from vllm_omni.config.schema import nearest
+from vllm_omni.errors import RequestError
+
 
 class EdgeInput(msgspec.Struct, frozen=True):
     """Outputs of the sources that came since the last call for the same request."""
@@ -86,6 +89,20 @@ def reads(*keys: str) -> Callable[[EdgeFunction], ReadingEdge]:
 def information(edge: EdgeInput) -> Mapping[str, Any]:
     """The user's ``additional_information``; empty where there is none."""
     return (edge.prompt.get("additional_information") or {}) if isinstance(edge.prompt, Mapping) else {}
+
+
+def settings(edge: EdgeInput, *known: str) -> dict[str, Any]:
+    """``extra_args`` of the receiving stage's sampling parameters, of which the edge reads ``known``.
+
+    Raises:
+        RequestError: another key.
+    """
+    given = dict(edge.sampling_params.extra_args or {}) if edge.sampling_params is not None else {}
+    for key in given:
+        if key not in known:
+            hint = nearest(key, known) if known else "; it reads none"
+            raise RequestError(f"extra_args of the stage's sampling parameters: unknown key {key!r}{hint}", field=key)
+    return given
 
 
 @reads()

@@ -255,6 +255,7 @@ def test_one_bad_request_among_good(omni: Omni, reference: Reference) -> None:
         ({**good, "additional_information": {"speaker": "Ethan", "tempo": 2}}, "tempo"),
         ({**image, "multi_modal_data": {"image": "no picture"}}, "multi_modal_data"),
         ({**image, "multi_modal_data": {}}, "multi_modal_data"),
+        ({**image, "multi_modal_data": {"image": None}}, "multi_modal_data"),
         ({**good, "multi_modal_data": {"smell": [1]}}, "prompt"),
         ({"prompt": good["prompt"] * 40}, "prompt"),
         ({**good, "priority": "high"}, "priority"),
@@ -265,6 +266,9 @@ def test_one_bad_request_among_good(omni: Omni, reference: Reference) -> None:
         assert caught.value.details["field"] == field
         finished = [output for output in caught.value.outputs if output.final_output_type == "audio"]
         assert [len(output.multimodal_output["audio"]) for output in finished[:1]] == [FRAMES * 1920 - 555]
+    thinker, talker, _ = omni.default_sampling_params_list
+    with pytest.raises(RequestError, match="unknown key 'num_steps'; it reads none"):
+        ask(omni, [good], sampling_params_list=[thinker, talker, SamplingParams(extra_args={"num_steps": 3})])
     with pytest.raises(RequestError, match="the voices are"):
         omni._async.make_request(bad[0][0], None, None)  # before any stage sees it
     assert omni.is_running

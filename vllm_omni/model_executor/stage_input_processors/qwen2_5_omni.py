@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_omni.config.schema import nearest
 from vllm_omni.errors import RequestError
-from vllm_omni.inputs.edge import EdgeInput, information, reads
+from vllm_omni.inputs.edge import EdgeInput, information, reads, settings
 from vllm_omni.model_executor.stage_input_processors.codec_chunks import ChunkSchedule, FrameStream
 
 HIDDEN_LAYERS = (0, -1)
@@ -113,16 +112,12 @@ def talker2token2wav(edge: EdgeInput) -> dict[str, Any] | None:
         "offset": window.start,
         "keep": [window.context, window.context + window.fresh],
         "speaker": information(edge).get("speaker"),
-        **_flow_settings(edge.sampling_params),
+        **_flow_settings(edge),
     }
     return {"additional_information": info}
 
 
-def _flow_settings(params: Any) -> dict[str, Any]:
-    if params is None:
-        return {}
-    out = dict(params.extra_args or {})
-    for key in out:
-        if key not in FLOW_SETTINGS:
-            raise RequestError(f"extra_args of token2wav: unknown key {key!r}{nearest(key, FLOW_SETTINGS)}", field=key)
-    return out if params.seed is None else {**out, "seed": params.seed}
+def _flow_settings(edge: EdgeInput) -> dict[str, Any]:
+    out = settings(edge, *FLOW_SETTINGS)
+    seed = edge.sampling_params.seed if edge.sampling_params is not None else None
+    return out if seed is None else {**out, "seed": seed}
