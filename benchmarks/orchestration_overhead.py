@@ -6,9 +6,11 @@
 
 Measures, for 1 and 3 stages and a 1 KB payload: milliseconds per request one after another and 64 at once, requests per
 second, CPU time per request of driver and stages together; and for a stream of 4 KB chunks, one every 4 ms, through
-three stages the time from a stage's work on a chunk to the next stage's work on it, next to what bare sockets between
-three processes take. Every figure is the best of ``--repeats`` rounds, because a round on a shared machine measures the
-others too; the median round is reported beside it.
+three stages the time from a stage's work on a chunk to the next stage's work on it (``--only-stream`` for this alone):
+straight from process to process, as such a stream goes, and by way of the driver, as it goes where requests are held
+back (``max_inflight``); each next to what bare sockets on the same way take, in turn in one run. Every figure is the
+best of ``--repeats`` rounds, because a round on a shared machine measures the others too; the median round is reported
+beside it.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ T = TypeVar("T")
 PAYLOAD = "x" * 1024
 
 
-def write_chain(folder: str, stages: int, stream: bool) -> str:
+def write_chain(folder: str, stages: int, stream: bool, straight: bool = True) -> str:
     """A stage configuration of ``stages`` no-op stages in a row."""
     lines = [f"async_chunk: {str(stream).lower()}", "stage_args:"]
     for stage in range(stages):
@@ -54,7 +56,9 @@ def write_chain(folder: str, stages: int, stream: bool) -> str:
         if stage:
             lines.append(f"    engine_input_source: [{stage - 1}]")
     lines += ["    final_output: true", "    final_output_type: text"]
-    path = Path(folder) / f"chain_{stages}_{stream}.yaml"
+    if not straight:
+        lines += ["runtime: {defaults: {max_inflight: 1000}}"]
+    path = Path(folder) / f"chain_{stages}_{stream}_{straight}.yaml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
 
@@ -108,22 +112,27 @@ PACE = 0.004
 """Seconds of work on a chunk in the first stage."""
 
 
-async def hops(engine: AsyncOmni, chunks: int, repeats: int) -> dict[str, Any]:
-    """Time between the arrivals of a chunk in neighbouring stages, by way of the driver, in microseconds; in turn with
-    it, what bare sockets between three processes take."""
-    ours, floor = [], []
+async def hops(engines: dict[str, AsyncOmni], chunks: int, repeats: int) -> dict[str, Any]:
+    """Time between the arrivals of a chunk in neighbouring stages, in microseconds, in turn for each way and for bare
+    sockets on the same way."""
+    rounds: dict[str, list[list[float]]] = {f"{way}{kind}": [] for way in engines for kind in ("", " bare")}
     for _ in range(repeats + 1):
-        took: list[float] = []
-        info = {"chunks": chunks, "times": True, "pace": PACE}
-        prompt: Any = {"prompt": PAYLOAD * 4, "additional_information": info}
-        async for output in engine.generate(prompt):
-            arrived = output.multimodal_output["additional_information"]["times"]
-            took += [(b - a) * 1e6 for a, b in itertools.pairwise(arrived)]
-        ours.append(took)
-        floor.append([seconds * 1e6 for seconds in await relayed(len(took), PACE)])
-    out, least = microseconds(ours[1:]), microseconds(floor[1:])
-    over = {f"{name}_over_bare_sockets_us": out[f"{name}_us"] - least[f"{name}_us"] for name in QUANTILES}
-    return {**out, "bare_sockets": least, **over}
+        for way, engine in engines.items():
+            took: list[float] = []
+            info = {"chunks": chunks, "times": True, "pace": PACE}
+            prompt: Any = {"prompt": PAYLOAD * 4, "additional_information": info}
+            async for output in engine.generate(prompt):
+                arrived = output.multimodal_output["additional_information"]["times"]
+                took += [(b - a) * 1e6 for a, b in itertools.pairwise(arrived)]
+            rounds[way].append(took)
+            floor = await relayed(len(took), PACE, straight=way == "straight")
+            rounds[f"{way} bare"].append([seconds * 1e6 for seconds in floor])
+    out: dict[str, Any] = {}
+    for way in engines:
+        ours, least = microseconds(rounds[way][1:]), microseconds(rounds[f"{way} bare"][1:])
+        over = {f"{name}_over_bare_sockets_us": ours[f"{name}_us"] - least[f"{name}_us"] for name in QUANTILES}
+        out[way] = {**ours, "bare_sockets": least, **over}
+    return out
 
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -131,7 +140,7 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 def microseconds(rounds: list[list[float]]) -> dict[str, float]:
     """Best and median round."""
-    out = {}
+    out: dict[str, float] = {}
     for name, share in QUANTILES.items():
         of_rounds = [quantile(values, share) for values in rounds]
         out |= {f"{name}_us": min(of_rounds), f"{name}_us_median_round": statistics.median(of_rounds)}
@@ -177,11 +186,12 @@ async def measure_async(path: str, count: int, repeats: int) -> dict[str, Any]:
     }
 
 
-async def measure_stream(path: str, repeats: int) -> dict[str, Any]:
+async def measure_stream(paths: dict[str, str], repeats: int) -> dict[str, Any]:
     """100 chunks of 4 KB through three stages."""
-    engine = AsyncOmni(stage_configs_path=path)
-    result = await hops(engine, 100, repeats)
-    engine.shutdown()
+    engines = {way: AsyncOmni(stage_configs_path=path) for way, path in paths.items()}
+    result = await hops(engines, 100, repeats)
+    for engine in engines.values():
+        engine.shutdown()
     return result
 
 
@@ -212,7 +222,9 @@ def main() -> None:
             path = write_chain(folder, stages, stream=False)
             figures[f"omni_{stages}_stages"] = measure_sync(path, args.requests, args.repeats)
             figures[f"async_omni_{stages}_stages"] = run(measure_async(path, args.requests, args.repeats))
-        figures["chunk_hop"] = run(measure_stream(write_chain(folder, 3, stream=True), args.repeats))
+        ways = {"straight": True, "by the driver": False}
+        paths = {way: write_chain(folder, 3, stream=True, straight=straight) for way, straight in ways.items()}
+        figures["chunk_hop"] = run(measure_stream(paths, args.repeats))
     print(json.dumps(figures, indent=2))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,5 @@
-"""The least that a chunk costs on its way from one process to another by way of a third: bare sockets, no work."""
+"""The least that a chunk costs on its way from one process to another, straight or by way of a third: bare sockets, no
+work."""
 
 from __future__ import annotations
 
@@ -62,27 +63,35 @@ def _child(work: object, *sockets: socket.socket) -> int:
     return pid
 
 
-async def relayed(count: int, pace: float) -> list[float]:
-    """Seconds of each of ``count`` chunks from the source's hand to the target's, by way of this event loop."""
+async def relayed(count: int, pace: float, straight: bool = False) -> list[float]:
+    """Seconds of each of ``count`` chunks from the source's hand to the target's: by way of this event loop, or
+    ``straight`` through one socket pair."""
     here, source = socket.socketpair()
-    there, target = socket.socketpair()
+    there, target = (here.dup(), here) if straight else socket.socketpair()
     answers, told = socket.socketpair()
     children = [
         _child(lambda: _target(target, told), target, told),
         _child(lambda: _source(source, WARM_UP + count, pace), source),
     ]
-    loop = asyncio.get_running_loop()
-    out, _ = await loop.create_connection(asyncio.Protocol, sock=there)
-    back, _ = await loop.create_connection(lambda: _Relay(out), sock=here)
+    transports: list[asyncio.BaseTransport] = [] if straight else await _relay(here, there)
     reader, writer = await asyncio.open_connection(sock=answers)
     seconds = []
     for _ in range(WARM_UP + count):
         sent, came = _TIMES.unpack(await reader.readexactly(_TIMES.size))
         seconds.append(came - sent)
-    for transport in (out, back, writer):
+    for transport in transports:
         transport.close()
+    writer.close()
+    there.close()
     await asyncio.sleep(0)
     os.kill(children[0], 9)  # it still holds the other ends
     for pid in children:
         os.waitpid(pid, 0)
     return seconds[WARM_UP:]
+
+
+async def _relay(here: socket.socket, there: socket.socket) -> list[asyncio.BaseTransport]:
+    loop = asyncio.get_running_loop()
+    out, _ = await loop.create_connection(asyncio.Protocol, sock=there)
+    back, _ = await loop.create_connection(lambda: _Relay(out), sock=here)
+    return [out, back]
