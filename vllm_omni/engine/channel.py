@@ -82,13 +82,15 @@ class Channel:
         self._lane_in: _Inlet | None = None
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
+        self._driver_fd = sock.fileno()
+        self._lane_fd = -1
 
     def open_lanes(self, lane_in: int, lane_out: int) -> None:
         """Use the inherited sockets with these numbers; -1 is none."""
         if lane_in >= 0:
             sock = _inherited(lane_in)
             sock.send(os.getpid().to_bytes(4, "little"))
-            self._lane_in = _Inlet(sock)
+            self._lane_in, self._lane_fd = _Inlet(sock), lane_in
             self._poll.register(sock, select.POLLIN)
         if lane_out >= 0:
             self.lane_out = LaneOut(_inherited(lane_out))
@@ -108,23 +110,30 @@ class Channel:
     def _receive_any(self, wait: float | None, out: LaneOut | None) -> Messages | None:
         if out is not None and out.unsent:
             self._poll.register(out.sock, select.POLLOUT)
-        ready = {fd for fd, _ in self._poll.poll(None if wait is None else wait * 1000)}
-        if out is not None and out.sock.fileno() in ready:
-            out.flush()
-            if not out.unsent:
-                self._poll.unregister(out.sock)
-        found = self.receive_from_driver() if self.sock.fileno() in ready else []
-        if found is None:
-            return None
-        lane = self._lane_in
-        if lane is not None and lane.sock.fileno() in ready:
-            chunks = lane.read(socket.MSG_DONTWAIT)
-            if chunks is None:
-                self._poll.unregister(lane.sock)
-                self._lane_in = None
-            else:
-                found += chunks
+        found: Messages = []
+        for fd, _ in self._poll.poll(None if wait is None else wait * 1000):  # in the order of registration
+            if fd == self._lane_fd:
+                found = found + self._chunks() if found else self._chunks()
+            elif fd == self._driver_fd:
+                got = self._driver.read(socket.MSG_DONTWAIT)
+                if got is None:
+                    return None
+                found = got
+            elif out is not None:
+                out.flush()
+                if not out.unsent:
+                    self._poll.unregister(out.sock)
         return found
+
+    def _chunks(self) -> Messages:
+        lane = self._lane_in
+        assert lane is not None
+        chunks = lane.read(socket.MSG_DONTWAIT)
+        if chunks is None:
+            self._poll.unregister(lane.sock)
+            self._lane_in = None
+            return []
+        return chunks
 
     def more_from_driver(self) -> bool:
         """Whether something of the driver's waits to be read by ``receive_from_driver``."""
