@@ -226,6 +226,7 @@ def test_wrong_media(omni_server: Server, part: dict[str, Any], status: int) -> 
         ({"stream_options": {"include_usage": True}}, "stream_options", 400),
         ({"size": "64x64"}, "size", 400),
         ({"sampling_params_list": [{}]}, "sampling_params_list", 400),
+        ({"sampling_params_list": [{}, {}, {"temperature": 0.5}]}, "sampling_params_list.2", 400),
         ({"sampling_params_list": [{"temperatur": 1}, {}, {}]}, "sampling_params_list.0", 400),
         ({"sampling_params_list": [{}, {"stop_token_ids": ["x"]}, {}]}, "sampling_params_list.1", 400),
         ({"sampling_params_list": [{}, {"temperature": -1}, {}]}, "sampling_params_list.1", 400),
@@ -278,7 +279,7 @@ def test_pictures_by_chat_are_streamed(pictures: Server) -> None:
     [
         ({"temperature": 1.0}, "temperature"),
         ({"modalities": ["audio"]}, "modalities"),
-        ({"messages": [{"role": "user", "content": " "}]}, "messages"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
         ({"width": 4096, "height": 4096}, "size"),

@@ -11,6 +11,7 @@ from tests.ar_support import Stage, StageSet
 from tests.model_executor.qwen2_5_omni.support import SAMPLES_PER_CODE, Reference
 from vllm_omni.errors import RequestError
 from vllm_omni.model_executor.stage_input_processors.codec_chunks import ChunkSchedule, FrameStream
+from vllm_omni.model_executor.stage_input_processors.qwen2_5_omni import FLOW_SETTINGS
 
 BLOCK = 12
 """Codes in a block of the flow."""
@@ -164,4 +165,5 @@ def test_bad_input_fails_its_request_alone(stage: Stage, request_: dict[str, Any
     results = stage.ask([{"additional_information": info} for info in (good, request_)])
     assert isinstance(results[1].error, RequestError)
     assert results[1].error.details["field"] == field
+    assert field not in FLOW_SETTINGS or ": allowed" in results[1].error.message
     torch.testing.assert_close(results[0].payloads[0]["audio"], want, atol=1e-5, rtol=0)

@@ -205,7 +205,7 @@ def stage_params(
             if body is not None:
                 out[i] = _of_pictures(stage, body, service.args.max_generated_image_size)
             continue
-        check_listed(row, stage.default_sampling_params, where)
+        check_listed(row, stage, where)
         if i != service.reader:
             out[i] = sampling_params(merged(stage.default_sampling_params, row), where)
     reader = merged(stages[service.reader].default_sampling_params, rows[service.reader])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_omni.config.schema import nearest
+from vllm_omni.config.stage import StageConfig
 from vllm_omni.entrypoints.openai.args import ServeArgs
 from vllm_omni.entrypoints.openai.chat_protocol import MAX_INT, MAX_TEXT, Message
 from vllm_omni.entrypoints.openai.media import Kind, check_media, from_base64, load_media
@@ -112,6 +113,8 @@ _OF_REQUESTS = _AS_GIVEN | {
 }
 _LISTED = (DEFAULTS - {"stop_token_ids"}) | _AS_GIVEN | {"extra_args"}
 """What ``sampling_params_list`` may set: these and no other fields of vLLM's are for clients to decide."""
+_OF_ONE_PASS = frozenset({"seed", "extra_args"})
+"""The same of a stage that works in one pass and draws no tokens."""
 
 
 def merged(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +134,7 @@ def divided(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], 
     return defaults, fields, rest
 
 
-def check_listed(row: Mapping[str, Any], defaults: Mapping[str, Any], field: str) -> None:
+def check_listed(row: Mapping[str, Any], stage: StageConfig, field: str) -> None:
     """Check an entry of ``sampling_params_list``. A wrong type must not reach an engine: it would end it.
 
     Raises:
@@ -141,16 +144,17 @@ def check_listed(row: Mapping[str, Any], defaults: Mapping[str, Any], field: str
     from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import SamplingParams
 
+    names = _OF_ONE_PASS if stage.stage_type == "generation" else _LISTED
     for name in row:
-        if name not in _LISTED:
-            raise RequestError(f"{field}: {name}{nearest(name, _LISTED)}", field=field)
+        if name not in names:
+            raise RequestError(f"{field}: {name}{nearest(name, names)}", field=field)
         if isinstance(row[name], int) and abs(row[name]) > (MAX_INT if name != "seed" else 2**63 - 1):
             raise RequestError(f"{field}: {name}: the number is too large", field=field)
     try:
         msgspec.convert(dict(row), SamplingParams)
     except (VLLMClientError, msgspec.ValidationError, TypeError, ValueError) as error:
         raise RequestError(f"{field}: {error}", field=field) from error
-    known = defaults.get("extra_args") or {}
+    known = stage.default_sampling_params.get("extra_args") or {}
     for name, value in (row.get("extra_args") or {}).items():
         if name not in known:
             raise RequestError(f"{field}: extra_args: {name!r} is not read by the stage", field=field)

@@ -42,11 +42,21 @@ class FlowSettings:
         """
         sway = self.sway_coefficient
         if not isinstance(self.num_steps, int) or not 2 <= self.num_steps <= 1000:
-            raise RequestError(f"num_steps={self.num_steps!r}", field="num_steps", allowed="2 to 1000")
+            raise RequestError(
+                f"num_steps={self.num_steps!r}: allowed are 2 to 1000", field="num_steps", allowed="2 to 1000"
+            )
         if not isinstance(self.guidance_scale, int | float) or not 0 <= self.guidance_scale <= 100:
-            raise RequestError(f"guidance_scale={self.guidance_scale!r}", field="guidance_scale", allowed="0 to 100")
+            raise RequestError(
+                f"guidance_scale={self.guidance_scale!r}: allowed is 0 to 100",
+                field="guidance_scale",
+                allowed="0 to 100",
+            )
         if sway is not None and (not isinstance(sway, int | float) or not -1 <= sway <= 1):
-            raise RequestError(f"sway_coefficient={sway!r}", field="sway_coefficient", allowed="-1 to 1, or null")
+            raise RequestError(
+                f"sway_coefficient={sway!r}: allowed is -1 to 1, or null",
+                field="sway_coefficient",
+                allowed="-1 to 1, or null",
+            )
 
     def times(self) -> torch.Tensor:
         """The time points, [num_steps] from 0 to 1."""
