@@ -122,6 +122,17 @@ async def test_chunks_go_past_the_driver(start: Start, heard: Counter[int]) -> N
     assert [load.inside for load in engine.orchestrator.loads.values()] == [0, 0, 0]
 
 
+async def test_large_leaves_go_through_shared_memory(start: Start) -> None:
+    stages = chain(3)
+    stages[1]["custom_process_input_func"] = f"{HERE}.upper"
+    blob = bytes(range(256)) * 1000
+    outputs = await collect(start(stages), ask("x", chunks=4, blob=blob))
+    infos = [output.multimodal_output["additional_information"] for output in outputs]
+    assert [bytes(info["blob"]) == blob for info in infos] == [True] * 4
+    assert texts(outputs) == ["X"] * 4
+    assert outputs[-1].metrics["stages"]["1"]["bytes_in"] > 4 * len(blob)
+
+
 async def test_edge_functions_are_called_by_the_stage(start: Start, heard: Counter[int]) -> None:
     stages = chain(4)
     for target, name in ((1, "numbered"), (2, "merge"), (3, "upper")):
