@@ -23,8 +23,8 @@ _TAPS = 12
 _MIN_DB = -115.0
 _REFERENCE_DB = 20.0
 _REPLAYED = 8
-"""Requests of a batch that a graph decodes one after another. Alone on a GPU eight take 48 ms so and 22 ms together; but
-without a graph the kernels come one by one, and where other stages share the GPU each of them waits for its turn."""
+"""Requests of a batch that a graph decodes one after another. Alone on a GPU eight take 48 ms so and 22 ms together;
+but without a graph kernels come one by one, and where other stages share the GPU each of them waits for its turn."""
 
 
 def kaiser_sinc_filter(cutoff: float, half_width: float, taps: int) -> torch.Tensor:
