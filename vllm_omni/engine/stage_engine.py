@@ -104,8 +104,8 @@ class StageInfo:
     pids: list[int] = field(default_factory=list)
     """Process ids of its ranks beside the engine process."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Plain values for logs: device, dtype, bytes of weights, seconds of each start-up phase. ``information`` are the keys
-    of a prompt's ``additional_information`` that it reads; missing or None: any."""
+    """Plain values for logs: device, dtype, bytes of weights, seconds of each start-up phase. ``information`` are the
+    keys of a prompt's ``additional_information`` that it reads; missing or None: any."""
 
 
 class StageEngine(ABC):
