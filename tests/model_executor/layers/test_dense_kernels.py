@@ -92,11 +92,13 @@ def test_interpreted_kernels() -> None:
     """float16 has 16-bit logits, which are searched differently. Of bfloat16 the interpreter can only do the product
     that takes words apart."""
     interpret("""
-    from tests.model_executor.layers import test_dense_kernels, test_snake_kernel
+    from tests.model_executor.layers import test_dense_kernels, expert_kernels, test_sampling, test_snake_kernel
     for dtype in (torch.float32, torch.float16): test_dense_kernels.compare(dtype)
     test_dense_kernels.compare_products(torch.float16, ('split', 'looped'), 'cpu')
     test_dense_kernels.compare_products(torch.bfloat16, ('vector',), 'cpu')
-    test_snake_kernel.compare('cpu')""")
+    test_snake_kernel.compare('cpu')
+    expert_kernels.compare_all()
+    test_sampling.compare_kernels()""")
 
 
 @pytest.mark.gpu

@@ -1,8 +1,8 @@
-"""The kernels of a mixture of experts give what plain PyTorch gives: in Triton's interpreter, and on a GPU."""
+"""The kernels of a mixture of experts give what plain PyTorch gives. Triton's interpreter runs them for
+``test_dense_kernels``, which has one process for all; on a GPU see ``tests/gpu/test_experts.py``."""
 
 import torch
 
-from tests.model_executor.interpreted import interpret, without_gpu
 from vllm_omni.model_executor.layers.experts import ExpertPlan, Experts, plain_experts
 
 
@@ -35,11 +35,7 @@ def compare(device: str, sizes: tuple[int, int, int, int, bool, int], rows: int,
         torch.testing.assert_close(got_shared.float(), want_shared, atol=0.01, rtol=0.02)
 
 
-@without_gpu
-def test_interpreted_kernels() -> None:
-    """With a shared expert and without, shares that add up to 1 and not."""
-    interpret("""
-    from tests.model_executor.layers.test_expert_kernels import compare
-    from vllm_omni.model_executor.layers.expert_kernels import ExpertPlan
-    compare('cpu', (128, 64, 128, 2, False, 8), 3, ExpertPlan(up_columns=16, down_columns=32))
-    compare('cpu', (256, 64, 0, 3, True, 4), 2, ExpertPlan(up_columns=32, down_columns=64))""")
+def compare_all() -> None:
+    """With a shared expert and without, shares that add up to 1 and not; on a CPU."""
+    compare("cpu", (128, 64, 128, 2, False, 8), 3, ExpertPlan(up_columns=16, down_columns=32))
+    compare("cpu", (256, 64, 0, 3, True, 4), 2, ExpertPlan(up_columns=32, down_columns=64))
