@@ -5,10 +5,11 @@
     python benchmarks/orchestration_overhead.py --json out.json
 
 Measures, for 1 and 3 stages and a 1 KB payload: milliseconds per request one after another and 64 at once, requests per
-second, CPU time per request of driver and stages together; and for a stream of 4 KB chunks, one every 4 ms, through
-three stages the time from a stage's work on a chunk to the next stage's work on it (``--only-stream`` for this alone):
+second, CPU time per request of driver and stages together; and for a stream of 100 chunks of 4 KB through three stages
+the time from the end of a stage's work on a chunk to the begin of the next stage's (``--only-stream`` for this alone):
 straight from process to process, as such a stream goes, and by way of the driver, as it goes where requests are held
-back (``max_inflight``); each next to what bare sockets on the same way take, in turn in one run. Every figure is the
+back (``max_inflight``); each next to what bare sockets on the same way take, in turn in one run. A chunk comes every
+millisecond, and every four: the longer a core has slept, the more of its caches it has lost. Every figure is the
 best of ``--repeats`` rounds, because a round on a shared machine measures the others too; the median round is reported
 beside it.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import os
 import platform
@@ -46,12 +46,13 @@ PAYLOAD = "x" * 1024
 
 def write_chain(folder: str, stages: int, stream: bool, straight: bool = True) -> str:
     """A stage configuration of ``stages`` no-op stages in a row."""
+    engine = "chunk_stage.ChunkStage" if stream else "tests.entrypoints.noop_stage.NoopStage"
     lines = [f"async_chunk: {str(stream).lower()}", "stage_args:"]
     for stage in range(stages):
         lines += [
             f"  - stage_id: {stage}",
             "    stage_type: diffusion",
-            "    engine_args: {engine_cls: tests.entrypoints.noop_stage.NoopStage}",
+            f"    engine_args: {{engine_cls: {engine}}}",
         ]
         if stage:
             lines.append(f"    engine_input_source: [{stage - 1}]")
@@ -108,24 +109,23 @@ async def rounds_of(engine: AsyncOmni, count: int, at_once: int, repeats: int) -
     return summary(rounds[1:], seconds[1:])
 
 
-PACE = 0.004
-"""Seconds of work on a chunk in the first stage."""
+PACES = (0.001, 0.004)
+"""Seconds that the first stage takes for a chunk."""
 
 
-async def hops(engines: dict[str, AsyncOmni], chunks: int, repeats: int) -> dict[str, Any]:
-    """Time between the arrivals of a chunk in neighbouring stages, in microseconds, in turn for each way and for bare
-    sockets on the same way."""
+async def hops(engines: dict[str, AsyncOmni], chunks: int, pace: float, repeats: int) -> dict[str, Any]:
+    """Time from the end of a stage's work on a chunk to the begin of the next stage's, in microseconds, in turn for
+    each way and for bare sockets on the same way."""
     rounds: dict[str, list[list[float]]] = {f"{way}{kind}": [] for way in engines for kind in ("", " bare")}
     for _ in range(repeats + 1):
         for way, engine in engines.items():
             took: list[float] = []
-            info = {"chunks": chunks, "times": True, "pace": PACE}
-            prompt: Any = {"prompt": PAYLOAD * 4, "additional_information": info}
+            prompt: Any = {"prompt": PAYLOAD * 4, "additional_information": {"chunks": chunks, "pace": pace}}
             async for output in engine.generate(prompt):
-                arrived = output.multimodal_output["additional_information"]["times"]
-                took += [(b - a) * 1e6 for a, b in itertools.pairwise(arrived)]
+                times = output.multimodal_output["times"]
+                took += [(began - ended) * 1e6 for ended, began in zip(times[1::2], times[2::2], strict=False)]
             rounds[way].append(took)
-            floor = await relayed(len(took), PACE, straight=way == "straight")
+            floor = await relayed(len(took), pace, straight=way == "straight")
             rounds[f"{way} bare"].append([seconds * 1e6 for seconds in floor])
     out: dict[str, Any] = {}
     for way in engines:
@@ -189,7 +189,7 @@ async def measure_async(path: str, count: int, repeats: int) -> dict[str, Any]:
 async def measure_stream(paths: dict[str, str], repeats: int) -> dict[str, Any]:
     """100 chunks of 4 KB through three stages."""
     engines = {way: AsyncOmni(stage_configs_path=path) for way, path in paths.items()}
-    result = await hops(engines, 100, repeats)
+    result = {f"every {1e3 * pace:g} ms": await hops(engines, 100, pace, repeats) for pace in PACES}
     for engine in engines.values():
         engine.shutdown()
     return result

@@ -60,6 +60,8 @@ class DirectInput:
     codec: Codec
     streams: dict[str, Stream] = field(default_factory=dict)
     rules: EdgeRules = field(init=False)
+    as_it_is: bool = field(init=False)
+    """Whether each chunk is the stage's input as it came."""
 
     def __post_init__(self) -> None:
         function: EdgeFunction = pass_on
@@ -67,6 +69,7 @@ class DirectInput:
             module, _, name = self.edge.function.rpartition(".")
             function = getattr(importlib.import_module(module), name)
         self.rules = EdgeRules(function, {self.edge.source: self.edge.window}, self.edge.extra)
+        self.as_it_is = function is pass_on and self.edge.window == 1
 
     def expect(self, message: m.Expect, buffers: memoryview) -> None:
         """Know a request from now on. Raises ``OmniError`` when its parameters cannot be read."""
@@ -89,18 +92,20 @@ class DirectInput:
         if not stream.received:
             stream.received, stream.came = time.monotonic(), message.sent
         stream.nbytes += memoryview(message.payload).nbytes + len(buffers) + message.shared
-        rules, inbox, key = self.rules, stream.inbox, message.request_id
-        lazy = rules.process_input is not pass_on  # such a function looks at large leaves only where it must
-        data = self.codec.unpack(message.payload, buffers, lazy)
-        if not inbox.add(self.edge.source, data, message.finished, rules):
-            return None
-        prompt = inbox.call(rules, key, stream.prompt, stream.params)
-        last = not inbox.open_sources
+        key, last = message.request_id, message.finished
+        if self.as_it_is:
+            prompt = self.codec.unpack(message.payload, buffers)
+        else:
+            # A function looks at large leaves only where it must.
+            data = self.codec.unpack(message.payload, buffers, lazy=True)
+            if not stream.inbox.add(self.edge.source, data, last, self.rules):
+                return None
+            prompt = stream.inbox.call(self.rules, key, stream.prompt, stream.params)
         if last:
             del self.streams[key]
         if prompt is None and not (last and stream.sent):
             return None
-        if lazy:
+        if not self.as_it_is:
             prompt = resolve(prompt, copy=False)
-        stream.sent += 1
-        return StageInput(key, prompt, stream.params, stream.deadline, stream.sent - 1, last)
+        chunk, stream.sent = stream.sent, stream.sent + 1
+        return StageInput(key, prompt, stream.params, stream.deadline, chunk, last)

@@ -117,10 +117,10 @@ class StageServer:
 
     def handle(self, message: m.Message, buffers: memoryview) -> None:
         """One message, of the driver or of the source."""
-        if isinstance(message, m.Submit):
-            self._submit(message, buffers)
-        elif isinstance(message, m.Output):
+        if isinstance(message, m.Output):
             self._chunk(message, buffers)
+        elif isinstance(message, m.Submit):
+            self._submit(message, buffers)
         elif isinstance(message, m.Expect):
             self._expect(message, buffers)
         elif isinstance(message, m.Abort):
@@ -172,13 +172,14 @@ class StageServer:
         """What the source sent straight."""
         direct, request_id = self._direct, message.request_id
         assert direct is not None
-        if request_id not in direct.streams:
-            while self.running and self.channel.more_from_driver():
-                self._handle_all(self.channel.receive_from_driver())
         stream = direct.streams.get(request_id)
         if stream is None:
-            direct.drop(message, buffers)
-            return
+            while self.running and self.channel.more_from_driver():
+                self._handle_all(self.channel.receive_from_driver())
+            stream = direct.streams.get(request_id)
+            if stream is None:
+                direct.drop(message, buffers)
+                return
         try:
             made = direct.take(stream, message, buffers)
         except Exception as error:
