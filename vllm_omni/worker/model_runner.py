@@ -21,6 +21,7 @@ from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.errors import ConfigError, OmniError
 from vllm_omni.model_executor.models.interfaces import OmniRequestState, OmniWarmUp
 from vllm_omni.worker.emission import Sender
+from vllm_omni.worker.linear_method import use_product_kernels
 from vllm_omni.worker.lora import cpu_lora_manager
 from vllm_omni.worker.moe_runner import use_expert_kernels
 from vllm_omni.worker.payload import OmniPayload, payload_of, unpack
@@ -67,6 +68,7 @@ class OmniGPUModelRunner(VllmModelRunner):
         self._find_hooks(self.get_model())
         with torch.inference_mode():
             use_expert_kernels(self.get_model(), self.device)
+            use_product_kernels(self.get_model(), self.device, self.vllm_config)
 
     def load_lora_model(self, model: Any, vllm_config: VllmConfig, device: torch.device) -> Any:
         """vLLM's own; on CPU with a manager under which a step may hold requests without an adapter as well."""

@@ -66,7 +66,8 @@ def compare(dtype: torch.dtype) -> None:
 
 def compare_products(dtype: torch.dtype, kinds: tuple[str, ...], device: str) -> None:
     """Every way to cut a product, against float32 arithmetic: rows apart, a norm, a gate, a residual."""
-    from vllm_omni.model_executor.layers.product_kernels import Plan, product
+    from vllm_omni.model_executor.layers.cuts import Plan
+    from vllm_omni.model_executor.layers.product_kernels import product
 
     torch.manual_seed(0)
     cuts = [Plan("looped"), Plan("vector", 8, 8, 256), Plan("vector", 16, 4, 512), Plan("split", 8, 4, 128)]
@@ -87,6 +88,18 @@ def compare_products(dtype: torch.dtype, kinds: tuple[str, ...], device: str) ->
             torch.testing.assert_close(got.float(), x.float() @ weight.float().T + residual.float(), **close)
 
 
+def compare_checks(device: str) -> None:
+    """What a stage does at its start before it uses a product for a layer."""
+    from vllm_omni.model_executor.layers.cuts import Plan
+    from vllm_omni.model_executor.layers.product_kernels import check_product
+
+    weight = torch.randn(32, 1024, device=device).bfloat16()
+    cuts = {1: Plan("vector", 8, 8, 256), 2: Plan("vector", 8, 4, 512)}
+    assert check_product(weight, cuts) is None
+    weight[3, 5] = float("inf")
+    assert check_product(weight, cuts) == "1 rows are off by nan of their result"
+
+
 @without_gpu
 def test_interpreted_kernels() -> None:
     """float16 has 16-bit logits, which are searched differently. Of bfloat16 the interpreter can only do the product
@@ -96,6 +109,7 @@ def test_interpreted_kernels() -> None:
     for dtype in (torch.float32, torch.float16): test_dense_kernels.compare(dtype)
     test_dense_kernels.compare_products(torch.float16, ('split', 'looped'), 'cpu')
     test_dense_kernels.compare_products(torch.bfloat16, ('vector',), 'cpu')
+    test_dense_kernels.compare_checks('cpu')
     test_snake_kernel.compare('cpu')
     expert_kernels.compare_all()
     test_sampling.compare_kernels()""")

@@ -20,9 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_omni.model_executor.layers.cuts import Plan
 from vllm_omni.model_executor.layers.experts import ExpertPlan, Experts, plain_experts
 from vllm_omni.model_executor.layers.overlap import announce, checked_overlap, follow, overlap, repeats
-from vllm_omni.model_executor.layers.product_kernels import Plan, _halves, _words, product
+from vllm_omni.model_executor.layers.product_kernels import _halves, _words, product
 
 
 @triton.jit

@@ -7,33 +7,20 @@ registers before it waits for the kernel in front.
 # mypy: disable-error-code="no-untyped-def,assignment"
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_omni.model_executor.layers.overlap import announce, follow, overlap
+from vllm_omni.model_executor.layers.cuts import Plan
+from vllm_omni.model_executor.layers.overlap import announce, checked_overlap, follow, overlap, repeats
 
 PROGRAMS = 128
 """Programs of a product by ``_looped``."""
 VECTOR_ROWS = 2
 """Most rows that are multiplied without tensor cores."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a product is cut."""
-
-    kernel: str
-    """``vector`` (no tensor cores), ``split`` (each warp has a part of the sum) or ``looped`` (neither)."""
-    columns: int = 16
-    """Columns of the result a program owns; for a gated product, of each half."""
-    warps: int = 4
-    """Warps of a program."""
-    chunk: int = 256
-    """Elements of a weight's row that are loaded at once: ``vector`` by all warps, ``split`` by each."""
 
 
 # By (rows at most, columns of the result, length of a row, gated): Qwen3-Omni-30B-A3B on one H200.
@@ -354,3 +341,25 @@ def _launch(cut: Plan, tensors: tuple[torch.Tensor, ...], eps: float, options: d
             num_stages=2 if single else 4,
             **options,
         )
+
+
+def check_product(weight: torch.Tensor, cuts: Mapping[int, Plan]) -> str | None:
+    """Run products with ``weight`` [N, K], ``cuts`` by number of rows; what is wrong with them here, or None.
+
+    Where the GPU can, kernels start early from now on, if that gives the same.
+    """
+    return checked_overlap(weight.device, lambda: _check(weight, cuts))
+
+
+def _check(weight: torch.Tensor, cuts: Mapping[int, Plan]) -> str | None:
+    """What is wrong with the kernels as they are set up now, or None."""
+    for rows, cut in cuts.items():
+        inputs = torch.randn(2, rows, weight.shape[1], device=weight.device).to(weight.dtype)
+        want = inputs[0].float() @ weight.float().T
+        off = float((product(inputs[0], weight, cut=cut).float() - want).norm() / want.norm())
+        if not off <= 0.01:
+            return f"{rows} rows are off by {off:g} of their result"
+        x = inputs[0].clone()
+        if weight.is_cuda and not repeats(lambda: (product(x, weight, cut=cut),), x, inputs):  # noqa: B023
+            return f"a graph of {rows} rows gives something else each time"
+    return None
