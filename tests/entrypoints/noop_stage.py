@@ -117,10 +117,12 @@ class NoopStage(StageEngine):
             "additional_information": {**info, "trace": trace, "number": number},
             "seen": self._report(request),
         }
+        now = time.monotonic()
+        spans = [("answer", now, now, {"number": number})] if request.traced else []
         events: list[StageEvent] = []
         if self.args.get("progress"):
             events += [StageProgress(request.request_id, step, 3) for step in (1, 2, 3)]
-        return [*events, StageChunk(request.request_id, data, finished=last)]
+        return [*events, StageChunk(request.request_id, data, finished=last, spans=spans)]
 
     def _report(self, request: StageInput) -> dict[str, Any]:
         if not self.args.get("report"):

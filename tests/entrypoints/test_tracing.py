@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from typing import Any
 import pytest
 
 from tests.entrypoints.collector import Collector
-from tests.entrypoints.graphs import ask, chain, stage, write
+from tests.entrypoints.graphs import HERE, ask, chain, stage, write
 from tests.entrypoints.openai.server import ROOT, Server, picture_stages
 from vllm_omni.entrypoints import tracing
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.entrypoints.omni_args import DEFAULT_MODEL
-from vllm_omni.errors import ConfigError, DeadlineError
+from vllm_omni.errors import ConfigError, DeadlineError, RequestError
 
 Event = dict[str, Any]
 
@@ -159,6 +160,107 @@ async def test_a_chain_with_chunks(tmp_path: Path) -> None:
     late = by_name["late"]
     assert "DeadlineError" in late["args"]["error"]
     assert [e["name"] for e in of(events, late) if e["pid"] == 2] == ["unfinished"]
+
+
+async def streams(folder: Path, **top: Any) -> list[Event]:
+    """The trace of streams through four stages, whose edges hand over one, two or every second chunk: one that is
+    whole, one that ends in a stage that hangs, and one that a stage in the middle fails."""
+    stages = chain(4)
+    for target, name in ((1, "numbered"), (2, "merge"), (3, "upper")):
+        stages[target]["custom_process_input_func"] = f"{HERE}.{name}"
+    edges = [{"from": 1, "to": 2, "window_size": 2}]
+    runtime = {"edges": edges, **top}
+    path = folder / "trace.json"
+    config = write(folder, stages, async_chunk=True, runtime=runtime)
+    engine = AsyncOmni(stage_configs_path=config, trace=str(path))
+    try:
+        await run(engine, ask("x" * 500, chunks=7), "whole")
+        with pytest.raises(DeadlineError):
+            await run(engine, ask(chunks=2, hang=2), "hangs", timeout=0.3)
+        with pytest.raises(RequestError, match="told to fail"):
+            await run(engine, ask(chunks=2, fail=2), "fails")
+    finally:
+        engine.shutdown()
+    return load(path)
+
+
+async def test_a_stream_past_the_driver_is_traced_as_by_it(tmp_path: Path) -> None:
+    """The same parts, as often; what is straight is how the chunks went."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    straight, driven = await streams(tmp_path / "a"), await streams(tmp_path / "b", defaults={"max_inflight": 9})
+    check_nesting(straight)
+    for ours, theirs in zip(requests(straight), requests(driven), strict=True):
+        name = ours["args"]["request_id"]
+        assert name == theirs["args"]["request_id"]
+        # A failure may come to the driver before the notes of the stages ahead of it.
+        first = 3 if name == "fails" else 1
+        parts, expected = (
+            Counter((event["pid"], event["name"]) for event in of(events, request) if event["pid"] >= first)
+            for events, request in ((straight, ours), (driven, theirs))
+        )
+        assert parts == expected, name
+    whole = of(straight, requests(straight)[0])
+    assert Counter(event["name"] for event in whole if event["pid"] == 2) == {
+        **{"to stage": 4, "queue": 1, "run": 1, "answer": 4, "from stage": 4}
+    }
+    by_stage = {
+        (pid, name): sorted(
+            (event for event in whole if (event["pid"], event["name"]) == (pid, name)),
+            key=lambda event: int(event["args"]["chunk"]),
+        )
+        for pid in (1, 2, 3, 4)
+        for name in ("from stage", "to stage")
+    }
+    for source in (1, 2, 3):
+        left, came = by_stage[source, "from stage"], by_stage[source + 1, "to stage"]
+        assert {event["args"]["to"] for event in left} == {source}
+        assert {event["args"]["from"] for event in came} == {source - 1}
+        ways = [(event["ts"], event["dur"]) for event in left]
+        assert all(dur > 0 for _, dur in ways)
+        assert {(event["ts"], event["dur"]) for event in came} <= set(ways), "one way, seen from both of its ends"
+        sizes = [sum(event["args"]["bytes"] for event in events) for events in (left, came)]
+        assert 0 <= sizes[0] - sizes[1] < 150 * len(left), "but for the heads of the messages"
+    assert "to" not in by_stage[4, "from stage"][0]["args"]
+    assert "from" not in by_stage[1, "to stage"][0]["args"]
+
+
+async def test_a_stage_that_is_left_out_of_a_stream(tmp_path: Path) -> None:
+    """Its source has sent it chunks, of which it needed none."""
+    stages = chain(3)
+    stages[1]["custom_process_input_func"] = f"{HERE}.not_needed"
+    path = tmp_path / "trace.json"
+    engine = AsyncOmni(stage_configs_path=write(tmp_path, stages, async_chunk=True), trace=str(path))
+    try:
+        await run(engine, ask(chunks=3), "r")
+    finally:
+        engine.shutdown()
+    events = load(path)
+    parts = of(events, requests(events)[0])
+    assert {event["pid"] for event in parts} == {0, 1}
+    assert [event["dur"] > 0 for event in parts if event["name"] == "from stage"] == [True] * 3
+
+
+async def test_spans_of_a_stream_past_the_driver(tmp_path: Path, collector: Collector) -> None:
+    """A stage's span begins when its first chunk is sent, and all that is in it comes after."""
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    stages = write(tmp_path, chain(2), async_chunk=True)
+    engine = AsyncOmni(
+        stage_configs_path=stages, otlp_traces_endpoint=collector.grpc_url, collect_detailed_traces=["all"]
+    )
+    try:
+        headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"}
+        await run(engine, ask(chunks=3), "r", trace_headers=headers)
+    finally:
+        engine.shutdown()
+    spans = collector.trace(bytes.fromhex(trace_id))
+    counts = {name: len(each) for name, each in spans.items() if not name.startswith(("stage", "omni"))}
+    assert {**counts, "wait": 2} == {"to stage": 4, "queue": 2, "run": 2, "answer": 6, "from stage": 6, "wait": 2}
+    (target,) = (each[0] for name, each in spans.items() if name.startswith("stage 1"))
+    inside = [span for each in spans.values() for span in each if span.parent_span_id == target.span_id]
+    assert len(inside) == 8
+    assert target.start_time_unix_nano == min(span.start_time_unix_nano for span in inside)
+    assert target.end_time_unix_nano >= max(span.end_time_unix_nano for span in inside)
 
 
 async def test_nothing_is_recorded_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from vllm_omni.distributed.omni_connectors.utils.leaf_ref import resolve
 from vllm_omni.distributed.omni_connectors.utils.serialization import Codec
 from vllm_omni.engine import messages as m
 from vllm_omni.engine.inbox import Inbox
+from vllm_omni.engine.notes import TraceNotes
 from vllm_omni.engine.stage_engine import StageInput
 from vllm_omni.errors import OmniError
 from vllm_omni.inputs.edge import EdgeFunction, pass_on
@@ -50,6 +51,8 @@ class Stream:
     nbytes: int = 0
     sent: int = 0
     """Chunks that the engine got."""
+    notes: TraceNotes | None = None
+    """Of a request that is traced."""
 
 
 @dataclass(slots=True)
@@ -75,7 +78,9 @@ class DirectInput:
         """Know a request from now on. Raises ``OmniError`` when its parameters cannot be read."""
         prompt, params = self.codec.unpack(message.payload, buffers)
         inbox = Inbox([self.edge.source])
-        self.streams[message.request_id] = Stream(message.deadline, message.direct, prompt, params, inbox)
+        notes = TraceNotes() if message.traced else None
+        given = message.deadline, message.direct, prompt, params, inbox
+        self.streams[message.request_id] = Stream(*given, notes=notes)
 
     def drop(self, message: m.Output, buffers: memoryview) -> None:
         """Give back the memory of a chunk that nobody waits for."""
@@ -108,4 +113,4 @@ class DirectInput:
         if not self.as_it_is:
             prompt = resolve(prompt, copy=False)
         chunk, stream.sent = stream.sent, stream.sent + 1
-        return StageInput(key, prompt, stream.params, stream.deadline, chunk, last)
+        return StageInput(key, prompt, stream.params, stream.deadline, chunk, last, stream.notes is not None)

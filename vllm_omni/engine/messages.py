@@ -10,12 +10,13 @@ the message finds the tree's bytes, so that a payload that cannot be read is the
 ``time.monotonic()`` seconds: one clock for all processes of a host.
 
 Life of a stage: driver sends ``Start``; the stage answers ``Ready`` or ``Failed`` and, after ``Ready``, takes
-``Submit``, ``Expect``, ``Abort``, ``Call`` and ``Shutdown``; it sends ``Output``, ``Progress``, ``Failure``,
+``Submit``, ``Expect``, ``Abort``, ``Call`` and ``Shutdown``; it sends ``Output``, ``Notes``, ``Progress``, ``Failure``,
 ``Skipped``, ``Returned``, and last ``Stopped`` or ``Failed``. End of the stream means that the other side is gone.
 
 Two stage processes with a direct edge between them share one more socket pair, a lane, on which the source sends the
 ``Output``s of requests that were submitted to it as direct, and of which the target was told by ``Expect`` before. The
-driver gets one ``Output`` without data of such a request, at its end in the source.
+driver gets one ``Output`` without data of such a request, at its end in the source. Of a request that is traced it gets
+``Notes``, too.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class Expect(msgspec.Struct, tag=True, array_like=True, frozen=True):
     direct: bool
     """As of ``Submit``."""
     payload: msgspec.Raw
+    traced: bool = False
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -156,6 +158,21 @@ class Output(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Bytes that came straight from it so far."""
 
 
+class Notes(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """What the driver does not see of a traced request whose chunks go past it, since the last notes of the stage."""
+
+    request_id: str
+    received: float
+    started: float
+    came: list[tuple[float, float, int, bool]]
+    """Of each chunk that came straight from the source: when it was sent, when it was here, its bytes, and whether the
+    engine got something now."""
+    left: list[tuple[float, int]]
+    """Of each output that went straight on: when it was sent, and its bytes."""
+    spans: list[tuple[str, float, float, dict[str, Any]]]
+    """As of ``Output``."""
+
+
 class Skipped(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The source has ended, and the edge function asked the stage for nothing."""
 
@@ -200,7 +217,7 @@ class Stopped(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 ToStage = Start | Submit | Expect | Abort | Call | Shutdown
-ToDriver = Ready | Failed | Output | Skipped | Progress | Preview | Failure | Returned | Stopped
+ToDriver = Ready | Failed | Output | Notes | Skipped | Progress | Preview | Failure | Returned | Stopped
 Message = ToStage | ToDriver
 
 RECEIVE_BYTES = 256 * 1024

@@ -34,6 +34,7 @@ from vllm_omni.engine import messages as m
 from vllm_omni.engine.channel import Channel, Messages
 from vllm_omni.engine.direct_input import DirectInput
 from vllm_omni.engine.inbox import input_error
+from vllm_omni.engine.notes import TraceNotes
 from vllm_omni.engine.stage_engine import (
     StageChunk,
     StageEngine,
@@ -60,6 +61,8 @@ class _Open:
     came: float = 0.0
     bytes_in: int = 0
     """As of ``messages.Output``."""
+    notes: TraceNotes | None = None
+    """Of a request that is traced, where chunks of it come or go past the driver."""
 
 
 class StageServer:
@@ -149,7 +152,8 @@ class StageServer:
             self._refuse(request_id, error)
             return
         if chunk == 0:
-            self._open[request_id] = _Open(now, words[1], direct=message.direct)
+            notes = TraceNotes() if message.traced and message.direct else None
+            self._open[request_id] = _Open(now, words[1], direct=message.direct, notes=notes)
         elif request_id not in self._open:
             return  # it has ended here since the driver sent this
         params = self._open[request_id].params
@@ -158,8 +162,9 @@ class StageServer:
         )
 
     def _refuse(self, request_id: str, error: OmniError) -> None:
-        self._abort([request_id])  # of its earlier chunks
-        self.channel.send(self._failure(request_id, error))
+        failure = self._failure(request_id, error)
+        self.engine.abort([request_id])  # of its earlier chunks
+        self.channel.send(failure)
 
     def _expect(self, message: m.Expect, buffers: memoryview) -> None:
         assert self._direct is not None
@@ -180,20 +185,25 @@ class StageServer:
             if stream is None:
                 direct.drop(message, buffers)
                 return
+        notes = stream.notes
+        arrived = 0.0 if notes is None else time.monotonic()
         try:
             made = direct.take(stream, message, buffers)
         except Exception as error:
             self._refuse(request_id, input_error(error, self.start.stage_id))
             return
+        if notes is not None:
+            notes.chunk(message.sent, arrived, stream.nbytes, made is not None)
         if made is not None:
             request = self._open.get(request_id)
             if request is None:
-                request = _Open(stream.received, stream.params, direct=stream.direct, came=stream.came)
+                request = _Open(stream.received, stream.params, direct=stream.direct, came=stream.came, notes=notes)
                 self._open[request_id] = request
             request.bytes_in = stream.nbytes
             self.engine.add_request(made)
         elif message.finished:
-            self.channel.send(m.frame(m.Skipped(request_id)))
+            skipped = m.frame(m.Skipped(request_id))
+            self.channel.send(skipped if notes is None else notes.frame(request_id, arrived, 0.0, arrived) + skipped)
 
     def _step(self) -> None:
         now = time.monotonic()
@@ -227,21 +237,29 @@ class StageServer:
         packed = self.codec.pack(event.data, self._driver if lane is None else lane.reader)
         started = request.started if event.started is None else event.started
         times = request.received, started, now
+        notes = request.notes
         if lane is None:
             facts = list(event.spans), request.came, request.bytes_in
-            return m.frame(m.Output(request_id, finished, *times, packed.shared, packed.tree, *facts), packed)
+            frame = m.frame(m.Output(request_id, finished, *times, packed.shared, packed.tree, *facts), packed)
+            return frame if notes is None else notes.frame(request_id, *times) + frame
         frame = m.frame(m.Output(request_id, finished, *times, packed.shared, packed.tree), packed)
         lane.send(frame)
-        request.bytes_out += len(frame) + packed.shared
+        size = len(frame) + packed.shared
+        request.bytes_out += size
+        told = b"" if notes is None else notes.output(request_id, *times, size, event.spans, finished)
         if not finished:
-            return b""
+            return told
         nothing = self.codec.pack({})
         facts = [], request.came, request.bytes_in
-        return m.frame(m.Output(request_id, True, *times, request.bytes_out, nothing.tree, *facts), nothing)
+        return told + m.frame(m.Output(request_id, True, *times, request.bytes_out, nothing.tree, *facts), nothing)
 
     def _failure(self, request_id: str, error: OmniError) -> bytes:
+        failure = m.frame(m.Failure(request_id, m.WireError.of(error, self.start.stage_id)))
+        request = self._open.get(request_id)
         self._forget(request_id)
-        return m.frame(m.Failure(request_id, m.WireError.of(error, self.start.stage_id)))
+        if request is None or request.notes is None:
+            return failure
+        return request.notes.frame(request_id, request.received, request.started, 0.0) + failure
 
     def _call(self, message: m.Call, buffers: memoryview) -> None:
         stage_id = self.start.stage_id

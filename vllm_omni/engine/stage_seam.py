@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from vllm_omni.engine.messages import Notes
 from vllm_omni.engine.stage_engine import Span, StageInfo
 from vllm_omni.errors import OmniError, StageDeadError
 from vllm_omni.outputs import Preview
@@ -76,6 +77,9 @@ class StageListener(Protocol):
 
     def on_output(self, stage_id: int, output: StageOutput) -> None:
         """An output, in the order in which the stage made them."""
+
+    def on_notes(self, stage_id: int, notes: Notes) -> None:
+        """What happened to a traced request past the driver; comes before the outputs and the failure that follow."""
 
     def on_skipped(self, stage_id: int, request_id: str) -> None:
         """The source has ended, and the edge function, called by the stage itself, asked it for nothing."""
@@ -144,7 +148,9 @@ class StageClient(ABC):
             RequestError: the prompt or the parameters hold something that cannot travel.
         """
 
-    def expect(self, request_id: str, prompt: Any, params: Any, deadline: float | None, direct: bool) -> bool:
+    def expect(
+        self, request_id: str, prompt: Any, params: Any, deadline: float | None, direct: bool, traced: bool = False
+    ) -> bool:
         """Tell the stage of a request whose chunks will come straight from its source. The source must not hear of the
         request before this returns.
 
@@ -154,6 +160,7 @@ class StageClient(ABC):
             params: sampling parameters of this stage.
             deadline: ``time.monotonic()`` second.
             direct: as of ``submit``.
+            traced: whether the stage writes down when chunks come and go (``StageListener.on_notes``).
 
         Returns:
             Whether the stage has it. If not, the chunks must go by way of the driver.

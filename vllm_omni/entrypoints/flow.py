@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_omni.engine.inbox import Inbox
+from vllm_omni.engine.messages import Notes
 from vllm_omni.engine.stage_seam import StageOutput
 from vllm_omni.entrypoints.sinks import RequestSink
 from vllm_omni.entrypoints.tracing import RequestTrace, StageTrace
@@ -59,6 +60,34 @@ class Flow:
     def metrics(self) -> dict[str, Any]:
         """Times and bytes of each stage, by its id."""
         return {str(stage_id): dict(visit.times) for stage_id, visit in sorted(self.visits.items())}
+
+    def note(self, stage_id: int, notes: Notes) -> None:
+        """Put into the trace what a stage says of chunks that went past the driver.
+
+        A stage that is fed straight enters the trace when its first chunk is sent; either end may tell of it first."""
+        visit = self.visits.get(stage_id)
+        if self.trace is None or visit is None:
+            return  # the stage is left out
+        if notes.came:
+            self._enter_straight(stage_id, visit, notes.came[0][0])
+        if notes.left and visit.direct:
+            for target in visit.targets:
+                if target in self.visits:
+                    self._enter_straight(target, self.visits[target], notes.left[0][0])
+        if visit.trace is not None:
+            visit.trace.noted(notes)
+
+    def _enter_straight(self, stage_id: int, visit: Visit, at: float) -> None:
+        if visit.trace is None and self.trace is not None:
+            visit.trace = self.trace.enter(stage_id, at)
+            visit.trace.straight_from = next(i for i, source in self.visits.items() if stage_id in source.targets)
+
+    def left_out(self, stage_id: int) -> Visit:
+        """Forget a stage that gets nothing of the request after all."""
+        visit = self.visits.pop(stage_id)
+        if visit.trace is not None:
+            visit.trace.left_out = True
+        return visit
 
     def where(self) -> tuple[str, int | None]:
         """Phase and stage in which the request is now, for the deadline's error."""

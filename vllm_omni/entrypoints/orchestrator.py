@@ -18,6 +18,7 @@ from typing import Any
 
 from vllm_omni.distributed.omni_connectors.utils.serialization import leaf_refs
 from vllm_omni.engine.inbox import Inbox, input_error
+from vllm_omni.engine.messages import Notes
 from vllm_omni.engine.stage_seam import StageLoad
 from vllm_omni.entrypoints.flow import Flow, Visit
 from vllm_omni.entrypoints.results import shown_part
@@ -178,8 +179,8 @@ class Orchestrator:
     def _expect_behind(self, flow: Flow, source: StageNode) -> bool:
         """Tell the stage behind ``source`` of the request, if it can get its chunks straight from there.
 
-        Traced requests go by way of the driver, which notes when. Returns whether this one goes straight."""
-        if source.direct_target is None or flow.trace is not None:
+        Returns whether it does."""
+        if source.direct_target is None:
             return False
         node = self._graph.node(source.direct_target)
         visit = self._enter(flow, node)
@@ -189,14 +190,14 @@ class Orchestrator:
         at = None if request.deadline is None else request.deadline.at
         prompt = None if node.process_input is pass_on else request.prompt
         client, params = self._clients[node.stage_id], request.sampling_params[node.stage_id]
-        if client.expect(flow.key, prompt, params, at, visit.direct):
+        if client.expect(flow.key, prompt, params, at, visit.direct, flow.trace is not None):
             return True
         self._expect_no_more(flow, node.stage_id)
         return False
 
     def _expect_no_more(self, flow: Flow, stage_id: int) -> None:
         """A stage that was told of a request gets nothing of it straight from its source, nor do those behind it."""
-        visit = flow.visits.pop(stage_id)
+        visit = flow.left_out(stage_id)
         self._clients[stage_id].abort([flow.key])
         self._leave(flow, stage_id, visit)
         target = self._graph.node(stage_id).direct_target
@@ -261,7 +262,7 @@ class Orchestrator:
         if output.came:
             visit.submitted, visit.bytes_in = output.came, output.bytes_in
             visit.times["start_s"] = output.came - flow.opened
-        if visit.trace is not None:
+        if visit.trace is not None and not visit.direct:
             visit.trace.got(output)
         if output.finished:
             self._note_times(visit, output)
@@ -287,6 +288,11 @@ class Orchestrator:
                 return
         if self._complete(flow):
             self._end(flow, None)
+
+    def on_notes(self, stage_id: int, notes: Notes) -> None:
+        flow = self._flows.get(notes.request_id)
+        if flow is not None:
+            flow.note(stage_id, notes)
 
     def on_skipped(self, stage_id: int, request_id: str) -> None:
         flow = self._flows.get(request_id)

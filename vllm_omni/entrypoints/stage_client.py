@@ -90,6 +90,8 @@ class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
                     message.bytes_in,
                 ),
             )
+        elif isinstance(message, m.Notes):
+            listener.on_notes(self.stage_id, message)
         elif isinstance(message, m.Skipped):
             listener.on_skipped(self.stage_id, message.request_id)
         elif isinstance(message, m.Progress):
@@ -188,11 +190,13 @@ class ProcessStageClient(StageClient, asyncio.BufferedProtocol):
         self._write(frame)
         return len(frame) + packed.shared
 
-    def expect(self, request_id: str, prompt: Any, params: Any, deadline: float | None, direct: bool) -> bool:
+    def expect(
+        self, request_id: str, prompt: Any, params: Any, deadline: float | None, direct: bool, traced: bool = False
+    ) -> bool:
         if self._dead is not None:
             raise self._dead
         packed = self._codec.pack([prompt, params], self._handle.process.pid)
-        self._write(m.frame(m.Expect(request_id, deadline, direct, packed.tree), packed))
+        self._write(m.frame(m.Expect(request_id, deadline, direct, packed.tree, traced), packed))
         self.flush()
         transport = self._transport
         return transport is not None and not self._unsent and transport.get_write_buffer_size() == 0

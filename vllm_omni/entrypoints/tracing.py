@@ -11,8 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from vllm_omni.engine.messages import Notes
 from vllm_omni.engine.stage_engine import Span, StageInfo
 from vllm_omni.engine.stage_seam import StageOutput
 from vllm_omni.errors import OmniError
@@ -32,6 +33,19 @@ class Slice:
     """On its way between processes: may overlap what the stage does for the next chunk."""
 
 
+class Transfer(NamedTuple):
+    """A chunk on its way between two processes."""
+
+    sent: float
+    arrived: float
+    nbytes: int
+
+    def slice(self, name: str, number: int, arrived: float, facts: Mapping[str, Any]) -> Slice:
+        """The same in a trace; a chunk that is on its way yet takes no time."""
+        facts = {"bytes": self.nbytes, "chunk": number, **facts}
+        return Slice(name, self.sent, max(self.sent, arrived), facts, is_transfer=True)
+
+
 @dataclass(slots=True)
 class StageTrace:
     """One request in one stage."""
@@ -42,43 +56,75 @@ class StageTrace:
     headers: Mapping[str, str]
     """What the stage's own spans belong to, as headers of a request."""
     admitted: float = 0.0
-    sends: list[tuple[float, int]] = field(default_factory=list)
-    outputs: list[tuple[float, int, float]] = field(default_factory=list)
-    """(sent, bytes, arrived) of each output."""
+    sends: list[Transfer] = field(default_factory=list)
+    """Of what the engine got."""
+    outputs: list[Transfer] = field(default_factory=list)
+    """Of those that came to the driver, or went straight to the next stage."""
+    straight_from: int | None = None
+    """The stage whose chunks come past the driver."""
+    came: list[float] = field(default_factory=list)
+    """When each of them was here."""
+    nbytes: int = 0
+    """Of those that the engine has got nothing of yet."""
+    left_out: bool = False
+    """Whether the request did not come here after all."""
     received: float = 0.0
     started: float = 0.0
     spans: list[Span] = field(default_factory=list)
 
     def sent(self, nbytes: int) -> None:
         """A chunk went to the stage."""
-        self.sends.append((time.monotonic(), nbytes))
+        at = time.monotonic()
+        self.sends.append(Transfer(at, at, nbytes))
 
     def got(self, output: StageOutput) -> None:
         """An output came back."""
         self.received, self.started = output.received, output.started
-        self.outputs.append((output.sent, output.nbytes, time.monotonic()))
+        self.outputs.append(Transfer(output.sent, time.monotonic(), output.nbytes))
         self.spans.extend(output.spans)
 
-    def slices(self, ended: float) -> Iterator[Slice]:
-        """The stage's part of the trace; ``ended``: when the request did."""
+    def noted(self, notes: Notes) -> None:
+        """What the stage says of chunks that went past the driver."""
+        for sent, arrived, nbytes, given in notes.came:
+            self.came.append(arrived)
+            self.nbytes += nbytes
+            if given:
+                self.sends.append(Transfer(sent, arrived, self.nbytes))
+                self.nbytes = 0
+        self.outputs.extend(Transfer(sent, 0.0, nbytes) for sent, nbytes in notes.left)
+        self.received, self.started = notes.received, notes.started
+        self.spans.extend(notes.spans)
+
+    def slices(self, ended: float, target: StageTrace | None) -> Iterator[Slice]:
+        """The stage's part of the trace.
+
+        Args:
+            ended: when the request did.
+            target: the stage that gets the outputs past the driver.
+        """
         if self.admitted - self.submitted > 1e-6:
             yield Slice("wait", self.submitted, self.admitted)
-        if not self.sends:
+        straight = self.straight_from is not None
+        if not (self.outputs and self.sends):
+            if self.sends or straight:
+                yield Slice("unfinished", self.sends[0].sent if self.sends else self.submitted, ended)
             return
-        if not self.outputs:
-            yield Slice("unfinished", self.sends[0][0], ended)
-            return
-        for number, (at, nbytes) in enumerate(self.sends):
-            # Only the first chunk's arrival is known; others are on their way while the stage works.
-            end = max(at, self.received) if number == 0 else at
-            yield Slice("to stage", at, end, {"bytes": nbytes, "chunk": number}, is_transfer=True)
-        received = max(self.received, self.sends[0][0])
-        started, done = max(self.started, received), max(self.outputs[-1][0], self.started)
+        first = self.sends[0]
+        for number, send in enumerate(self.sends):
+            # By the driver only the first chunk's arrival is known; others are on their way while the stage works.
+            arrived = self.received if number == 0 and not straight else send.arrived
+            facts = {"from": self.straight_from} if straight else {}
+            yield send.slice("to stage", number, arrived, facts)
+        received = max(self.received, first.arrived)
+        started, done = max(self.started, received), max(self.outputs[-1].sent, self.started)
         yield Slice("queue", received, started)
         yield Slice("run", started, done, {}, tuple(_nested(self.spans, started, done)))
-        for number, (at, nbytes, arrived) in enumerate(self.outputs):
-            facts = {"bytes": nbytes, "chunk": number}
-            yield Slice("from stage", at, max(at, arrived), facts, is_transfer=True)
+        for number, output in enumerate(self.outputs):
+            arrived, facts = output.arrived, {}
+            if target is not None:
+                arrived = target.came[number] if number < len(target.came) else output.sent
+                facts = {"to": target.stage_id}
+            yield output.slice("from stage", number, arrived, facts)
 
 
 def _nested(spans: Sequence[Span], begin: float, end: float) -> Iterator[Slice]:
@@ -125,7 +171,12 @@ class RequestTrace:
 
     def tree(self) -> dict[int, list[Slice]]:
         """By stage: what happened there, in order."""
-        return {stage_id: list(stage.slices(self.ended)) for stage_id, stage in sorted(self.stages.items())}
+        targets = {stage.straight_from: stage for stage in self.stages.values() if stage.straight_from is not None}
+        return {
+            stage_id: list(stage.slices(self.ended, targets.get(stage_id)))
+            for stage_id, stage in sorted(self.stages.items())
+            if not stage.left_out
+        }
 
 
 class Recorder(Protocol):
