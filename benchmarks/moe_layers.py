@@ -39,16 +39,28 @@ THINKER = Sizes(2048, 768, 0, 8, True)
 
 
 @contextlib.contextmanager
-def layers(sizes: Sizes, count: int, device: torch.device) -> Iterator[list[Qwen3MoeSparseMoeBlock]]:
-    """``count`` layers in bfloat16, ready for calls with rows [R, hidden]; the kernels of this package are in use."""
-    config = VllmConfig()
-    cuda = device.type == "cuda"
+def one_rank(config: VllmConfig) -> Iterator[None]:
+    """What vLLM's layers need around them: a configuration, and a group of this process alone."""
     with set_current_vllm_config(config), tempfile.TemporaryDirectory() as folder:
         ours = not torch.distributed.is_initialized()
         if ours:
             # One process needs no NCCL, whose threads outlive the interpreter.
             init_distributed_environment(1, 0, f"file://{folder}/meet", 0, "gloo")
             initialize_model_parallel(backend="gloo")
+        try:
+            yield
+        finally:
+            if ours:
+                destroy_model_parallel()
+                destroy_distributed_environment()
+
+
+@contextlib.contextmanager
+def layers(sizes: Sizes, count: int, device: torch.device) -> Iterator[list[Qwen3MoeSparseMoeBlock]]:
+    """``count`` layers in bfloat16, ready for calls with rows [R, hidden]; the kernels of this package are in use."""
+    config = VllmConfig()
+    cuda = device.type == "cuda"
+    with one_rank(config):
         if cuda:
             from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manager_initialized
 
@@ -82,10 +94,5 @@ def layers(sizes: Sizes, count: int, device: torch.device) -> Iterator[list[Qwen
                 parameter.data.normal_(0.0, parameter.shape[-1] ** -0.5)
             process_weights_after_loading(block, model, device)
             moe_runner.use_expert_kernels(block, device)
-        try:
-            with set_forward_context(None, config):
-                yield built
-        finally:
-            if ours:
-                destroy_model_parallel()
-                destroy_distributed_environment()
+        with set_forward_context(None, config):
+            yield built

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 
+from benchmarks.moe_layers import one_rank
 from vllm_omni.model_executor.layers.graphed import record
 from vllm_omni.worker.linear_method import GAINS, FewRowsLinearMethod, gain, use_product_kernels
 
@@ -27,7 +28,7 @@ def test_few_rows_run_on_the_kernel(columns: int, length: int) -> None:
     """As close to float32 as cuBLAS, alone and in a graph; more rows are cuBLAS's own."""
     torch.manual_seed(0)
     config = VllmConfig()
-    with set_current_vllm_config(config):
+    with one_rank(config):
         dense = layer(length, columns)
         use_product_kernels(nn.ModuleList([dense]), torch.device("cuda", 0), config)
         assert isinstance(dense.quant_method, FewRowsLinearMethod)
@@ -50,7 +51,7 @@ def test_compiled_for_any_number_of_rows() -> None:
     """One compilation for all numbers of rows, since the choice is inside of an operation."""
     _, columns, length = next(iter(GAINS))
     config = VllmConfig()
-    with set_current_vllm_config(config):
+    with one_rank(config):
         dense = layer(length, columns)
         use_product_kernels(nn.ModuleList([dense]), torch.device("cuda", 0), config)
         compiled = torch.compile(lambda x: F.silu(dense(x)), dynamic=True, fullgraph=True)
@@ -64,7 +65,7 @@ def test_what_stays_vllms() -> None:
     config = VllmConfig()
     chosen = VllmConfig()
     chosen.kernel_config.linear_backend = "cutlass"
-    with set_current_vllm_config(config):
+    with one_rank(config):
         other = layer(length, columns + 16)
         use_product_kernels(nn.ModuleList([other]), torch.device("cuda", 0), config)
         dense = layer(length, columns)
