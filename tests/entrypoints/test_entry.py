@@ -16,11 +16,13 @@ from vllm_omni.engine.stage_engine import StageInfo
 from vllm_omni.entrypoints.entry import check_information, entry_options, information_keys
 from vllm_omni.entrypoints.omni_args import STAGE_CONFIGS
 from vllm_omni.entrypoints.orchestrator import Orchestrator
-from vllm_omni.entrypoints.params import default_params, each, params_for, text_stages
+from vllm_omni.entrypoints.params import default_params, each, params_for, read_params, text_stages
 from vllm_omni.entrypoints.stage_graph import StageGraph, StageNode
 from vllm_omni.errors import ConfigError, RequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.inputs.edge import EdgeInput, pass_on, reads
+from vllm_omni.model_executor.stage_input_processors.qwen2_5_omni import talker2token2wav
+from vllm_omni.model_executor.stage_input_processors.qwen3_omni import talker2code2wav
 from vllm_omni.model_executor.voices import check_speaker, voices_of
 from vllm_omni.request import OmniRequest
 
@@ -87,6 +89,55 @@ def test_wrong_defaults_are_the_configurations_error() -> None:
     talker = replace(PIPELINE.stages[1], default_sampling_params={"max_tokens": 0})
     with pytest.raises(ConfigError, match="stage 1: default_sampling_params: max_tokens must be at least 1"):
         default_params(replace(PIPELINE, stages=(PIPELINE.stages[0], talker)))
+
+
+def read_of(edge: Any) -> dict[int, frozenset[str]]:
+    """What is read of the parameters of the pipeline's last stage, which draws no tokens."""
+    nodes = [StageNode(stage.stage_id, process_input=pass_on) for stage in PIPELINE.stages]
+    return read_params(PIPELINE, [*nodes[:2], replace(nodes[2], process_input=edge)])
+
+
+TALKER, VOCODER = DEFAULTS[1], SamplingParams(temperature=0.0, max_tokens=65536, seed=42, top_p=1.0, top_k=-1)
+
+
+@pytest.mark.parametrize(
+    ("edge", "given", "name"),
+    [
+        (talker2code2wav, VOCODER, None),
+        (talker2code2wav, SamplingParams(), None),
+        (talker2code2wav, DEFAULTS[2], None),
+        (talker2code2wav, SamplingParams(temperature=0.4), "temperature"),
+        (talker2code2wav, SamplingParams(repetition_penalty=1.1), "repetition_penalty"),
+        (talker2code2wav, SamplingParams(extra_args={"num_steps": 3}), "extra_args"),
+        (talker2code2wav, TALKER, "repetition_penalty"),
+        (talker2token2wav, SamplingParams(seed=3, extra_args={"num_steps": 3}), None),
+        (talker2token2wav, SamplingParams(top_p=0.5), "top_p"),
+        (pass_on, SamplingParams(logprobs=2), "logprobs"),
+        (reads("speaker")(talker2code2wav), SamplingParams(logprobs=2), None),
+    ],
+)
+def test_what_a_stage_that_draws_no_tokens_does_not_read(edge: Any, given: SamplingParams, name: str | None) -> None:
+    """Lists for all stages are made by people who fill in each: what changes nothing may stand there."""
+    read = read_of(edge)
+    if name is None:
+        assert params_for(DEFAULTS, [DEFAULTS[0], TALKER, given], text=TEXT, read=read)[2] is given
+        return
+    with pytest.raises(RequestError, match=f"stage 2: {name}=.*draws no tokens") as caught:
+        params_for(DEFAULTS, [DEFAULTS[0], TALKER, given], text=TEXT, read=read)
+    details = caught.value.details
+    assert (details["field"], details["stage_id"], details["parameter"]) == ("sampling_params_list.2", 2, name)
+    with pytest.raises(RequestError, match=f"stage 2: {name}="):
+        params_for({2: DEFAULTS[2]}, given, read=read)
+    assert params_for(DEFAULTS, given, read=read)[2] is DEFAULTS[2], "one set is for the stages that draw"
+    assert params_for({**DEFAULTS, 2: given}, [DEFAULTS[0], TALKER, given], read=read)[2] is given
+
+
+def test_defaults_that_a_stage_does_not_read() -> None:
+    stage = replace(PIPELINE.stages[2], default_sampling_params={"repetition_penalty": 1.1})
+    pipeline = replace(PIPELINE, stages=(*PIPELINE.stages[:2], stage))
+    message = "stage 2: default_sampling_params: sampling params of stage 2: repetition_penalty=1.1: .* it reads none"
+    with pytest.raises(ConfigError, match=message):
+        default_params(pipeline, read_of(talker2code2wav))
 
 
 def test_loose_arguments_need_a_diffusion_stage() -> None:

@@ -18,7 +18,7 @@ from vllm_omni.engine.stage_engine import StageInfo
 from vllm_omni.entrypoints import omni_args
 from vllm_omni.entrypoints.entry import check_information, entry_options, information_keys
 from vllm_omni.entrypoints.orchestrator import Orchestrator
-from vllm_omni.entrypoints.params import check_previews, default_params, params_for, text_stages
+from vllm_omni.entrypoints.params import check_previews, default_params, params_for, read_params, text_stages
 from vllm_omni.entrypoints.results import build_output
 from vllm_omni.entrypoints.running_stages import RunningStages, start_stages
 from vllm_omni.entrypoints.sinks import AsyncSink
@@ -61,7 +61,8 @@ class AsyncOmni:
         args, pipeline = self._setup.args, self._setup.pipeline
         _log_devices(pipeline)
         self._graph = StageGraph.from_config(pipeline)
-        self._defaults = default_params(pipeline)
+        self._read = read_params(pipeline, self._graph.nodes)
+        self._defaults = default_params(pipeline, self._read)
         self._text = text_stages(pipeline)
         self._reads_on_vllm = runs_on_vllm(pipeline.stages[0])
         self._arena = Arena()
@@ -156,7 +157,7 @@ class AsyncOmni:
         return OmniRequest(
             request_id or uuid.uuid4().hex,
             prompt,
-            params_for(self._defaults, params, loose, self._text),
+            params_for(self._defaults, params, loose, self._text, self._read),
             output_modalities,
             Deadline.after(timeout) if timeout is not None else None,
             trace_headers=trace_headers,

@@ -3,27 +3,33 @@ arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any
 
 from vllm_omni.config.schema import nearest
 from vllm_omni.config.stage import PipelineConfig, StageConfig
+from vllm_omni.entrypoints.stage_arguments import runs_on_vllm
+from vllm_omni.entrypoints.stage_graph import StageNode
 from vllm_omni.errors import ConfigError, RequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniSamplingParams
+from vllm_omni.inputs.edge import ReadingEdge
 
 
-def default_params(pipeline: PipelineConfig) -> dict[int, OmniSamplingParams]:
-    """Each stage's own parameters.
+def default_params(
+    pipeline: PipelineConfig, read: Mapping[int, Collection[str]] = MappingProxyType({})
+) -> dict[int, OmniSamplingParams]:
+    """Each stage's own parameters; ``read``: ``read_params`` of the graph.
 
     Raises:
         ConfigError: ``default_sampling_params`` of a stage are wrong.
     """
-    return {stage.stage_id: _default(stage) for stage in pipeline.stages}
+    return {stage.stage_id: _default(stage, read.get(stage.stage_id)) for stage in pipeline.stages}
 
 
-def _default(stage: StageConfig) -> OmniSamplingParams:
+def _default(stage: StageConfig, read: Collection[str] | None) -> OmniSamplingParams:
     values = dict(stage.default_sampling_params)
     try:
         if stage.stage_type == "diffusion":
@@ -33,7 +39,10 @@ def _default(stage: StageConfig) -> OmniSamplingParams:
         from vllm import SamplingParams
 
         with _vllms_errors():
-            return SamplingParams(**values)
+            made = SamplingParams(**values)
+        if read is not None:
+            check_read(stage.stage_id, made, SamplingParams(), read, "default_sampling_params")
+        return made
     except (RequestError, TypeError) as error:
         raise ConfigError(
             f"stage {stage.stage_id}: default_sampling_params: {error}", field="default_sampling_params"
@@ -50,11 +59,58 @@ def text_stages(pipeline: PipelineConfig) -> frozenset[int]:
     return frozenset(stage.stage_id for stage in chosen)
 
 
+def read_params(pipeline: PipelineConfig, nodes: Iterable[StageNode]) -> dict[int, frozenset[str]]:
+    """By stage on vLLM that works in one pass: the fields of its ``SamplingParams`` that the edge to it reads. Without
+    the stages whose edge does not say so."""
+    edges = {node.stage_id: node.process_input for node in nodes}
+    out = {}
+    for stage in pipeline.stages:
+        edge = edges[stage.stage_id]
+        read = edge.params if isinstance(edge, ReadingEdge) else None
+        if read is not None and stage.stage_type == "generation" and runs_on_vllm(stage):
+            out[stage.stage_id] = read
+    return out
+
+
+_KEPT_BY_ANY = frozenset({"max_tokens", "seed", "output_kind", "detokenize", "skip_clone"})
+"""What a stage that draws no tokens keeps to in any case: it makes no more than so many, and always the same."""
+
+
+def check_read(stage_id: int, params: Any, default: Any, read: Collection[str], field: str) -> None:
+    """Check the parameters of a stage that draws no tokens: what would change its output has to be read.
+
+    Args:
+        stage_id: the stage.
+        params: vLLM's ``SamplingParams`` of a request.
+        default: the stage's own, which pass.
+        read: fields that are read.
+        field: what the error names.
+
+    Raises:
+        RequestError: a value is neither the default nor without effect (``temperature=0`` asks for what it does).
+    """
+    plain = type(params)()
+    for name in params.__struct_fields__:
+        value = getattr(params, name)
+        if name in read or name in _KEPT_BY_ANY or name.startswith("_") or (name == "temperature" and value == 0):
+            continue
+        if value != getattr(plain, name) and value != getattr(default, name):
+            known = f"of what is set here it reads {' and '.join(sorted(read))}" if read else "it reads none of these"
+            raise RequestError(
+                f"sampling params of stage {stage_id}: {name}={value!r}: the stage draws no tokens; {known}",
+                field=field,
+                stage_id=stage_id,
+                parameter=name,
+                allowed=getattr(plain, name),
+            )
+
+
 def params_for(
     defaults: Mapping[int, OmniSamplingParams],
     given: OmniSamplingParams | Sequence[OmniSamplingParams] | None,
     loose: Mapping[str, Any] | None = None,
     text: Collection[int] = (),
+    read: Mapping[int, Collection[str]] = MappingProxyType({}),
 ) -> dict[int, OmniSamplingParams]:
     """Parameters of every stage for one request.
 
@@ -64,12 +120,14 @@ def params_for(
     Args:
         defaults: each stage's own.
         given: one object replaces the defaults of every stage that has the same class (vLLM's: of the ``text`` stages,
-            where there are any); a list has one per stage.
+            where there are any, else of those that draw tokens); a list has one per stage.
         loose: fields of ``OmniDiffusionSamplingParams`` that are set over that in every diffusion stage.
         text: ``text_stages`` of the graph.
+        read: ``read_params`` of the graph.
 
     Raises:
-        RequestError: a list of the wrong length, a wrong class, an unknown or bad field.
+        RequestError: a list of the wrong length, a wrong class, an unknown or bad field, or one that is not read by a
+            stage that draws no tokens.
     """
     out = dict(defaults)
     if isinstance(given, (list, tuple)):
@@ -77,13 +135,15 @@ def params_for(
             raise RequestError(
                 f"Expected {len(defaults)} sampling params, got {len(given)}", field="sampling_params_list"
             )
-        for (stage_id, default), params in zip(defaults.items(), given, strict=True):
+        for index, ((stage_id, default), params) in enumerate(zip(defaults.items(), given, strict=True)):
             if type(params) is not type(default):
                 raise RequestError(
                     f"sampling params of stage {stage_id} are {type(params).__name__}; expected "
                     f"{type(default).__name__}",
                     field="sampling_params_list",
                 )
+            if stage_id in read:
+                check_read(stage_id, params, default, read[stage_id], f"sampling_params_list.{index}")
             out[stage_id] = _with_ends(default, params)
     elif given is not None:
         same = [stage_id for stage_id, default in defaults.items() if type(default) is type(given)]
@@ -93,7 +153,9 @@ def params_for(
                 f"sampling params are {type(given).__name__}; expected {' or '.join(allowed)}", field="sampling_params"
             )
         if not isinstance(given, OmniDiffusionSamplingParams):
-            same = [stage_id for stage_id in same if stage_id in text] or same
+            same = [i for i in same if i in text] or [i for i in same if i not in read] or same
+            for stage_id in read.keys() & same:
+                check_read(stage_id, given, defaults[stage_id], read[stage_id], "sampling_params")
         out.update({stage_id: _with_ends(defaults[stage_id], given) for stage_id in same})
     if loose:
         _fold(out, loose)

@@ -14,12 +14,13 @@ tensors, arrays and images are ``LeafRef``s: they can be put into the result as 
 without passing through the driver. ``edge_ref.load()`` gives the value where a function must look at one.
 
 ``reads`` says which keys of the user's ``additional_information`` a function looks at. Where every edge and every stage
-that gets the prompt says so, a request with another key is refused; a function without ``reads`` may look at any.
+that gets the prompt says so, a request with another key is refused; a function without ``reads`` may look at any. It
+may also say which sampling parameters the function reads of a stage that does not sample, where nobody else does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,14 +77,17 @@ class ReadingEdge:
     """What is called."""
     keys: frozenset[str]
     """All keys that it reads."""
+    params: frozenset[str] | None = None
+    """All fields of the receiving stage's ``SamplingParams`` that it reads; None: any."""
 
     def __call__(self, edge: EdgeInput) -> Any:
         return self.function(edge)
 
 
-def reads(*keys: str) -> Callable[[EdgeFunction], ReadingEdge]:
-    """Decorator of an edge function: ``keys`` are all that it reads of the user's ``additional_information``."""
-    return lambda function: ReadingEdge(function, frozenset(keys))
+def reads(*keys: str, params: Collection[str] | None = None) -> Callable[[EdgeFunction], ReadingEdge]:
+    """Decorator of an edge function: ``keys`` are all that it reads of the user's ``additional_information``, and
+    ``params`` of the receiving stage's sampling parameters, where that is a stage of vLLM's that does not sample."""
+    return lambda function: ReadingEdge(function, frozenset(keys), None if params is None else frozenset(params))
 
 
 def information(edge: EdgeInput) -> Mapping[str, Any]:
@@ -105,7 +109,7 @@ def settings(edge: EdgeInput, *known: str) -> dict[str, Any]:
     return given
 
 
-@reads()
+@reads(params=())
 def pass_on(edge: EdgeInput) -> Any:
     """The edge where no function is named: the source's output is the prompt; several outputs in one call are a
     list."""

@@ -113,8 +113,8 @@ _OF_REQUESTS = _AS_GIVEN | {
 }
 _LISTED = (DEFAULTS - {"stop_token_ids"}) | _AS_GIVEN | {"extra_args"}
 """What ``sampling_params_list`` may set: these and no other fields of vLLM's are for clients to decide."""
-_OF_ONE_PASS = frozenset({"seed", "extra_args"})
-"""The same of a stage that works in one pass and draws no tokens."""
+_OF_ONE_PASS = frozenset({"seed", "extra_args", "max_tokens", "temperature"})
+"""The same of a stage that works in one pass and draws no tokens; ``params.check_read`` looks at the values."""
 
 
 def merged(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _reply(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"reply_hidden": [row["hidden.-1"] for row in rows], "reply_embeds": [row["hidden.0"] for row in rows]}
 
 
-@reads("speaker")
+@reads("speaker", params=("seed", "extra_args"))
 def talker2token2wav(edge: EdgeInput) -> dict[str, Any] | None:
     """The next window of codes when enough have come, as the ``codec_*`` keys of the connector's ``extra`` say.
 

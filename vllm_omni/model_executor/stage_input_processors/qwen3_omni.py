@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vllm_omni.errors import RequestError
-from vllm_omni.inputs.edge import EdgeInput, information, reads, settings
+from vllm_omni.inputs.edge import EdgeInput, information, reads
 from vllm_omni.model_executor.stage_input_processors.codec_chunks import ChunkSchedule, FrameStream
 
 DEFAULT_SPEAKER = "ethan"
@@ -64,7 +64,7 @@ def thinker2talker(edge: EdgeInput) -> dict[str, Any] | None:
     return {**prompt, "additional_information": info, "conditioning_steps": len(text)} if info else None
 
 
-@reads()
+@reads(params=())
 def talker2code2wav(edge: EdgeInput) -> dict[str, Any] | None:
     """The next window of frames when enough have come, as the ``codec_*`` keys of the connector's ``extra`` say.
 
@@ -72,9 +72,7 @@ def talker2code2wav(edge: EdgeInput) -> dict[str, Any] | None:
 
     Raises:
         ConfigError: a key of ``extra`` has a wrong value.
-        RequestError: a key in ``extra_args``, since code2wav has no settings.
     """
-    settings(edge)
     (outputs,) = edge.outputs.values()
     vocoder = edge.config.code2wav_config
     reach = vocoder.num_hidden_layers * (vocoder.sliding_window - 1) + CONV_CONTEXT
