@@ -99,6 +99,52 @@ def test_wrong_edits(editor: Server, fields: dict[str, str], files: Any, param: 
     assert error_of(answer)["param"] == param, answer.text
 
 
+def chat_with(*parts: Any) -> dict[str, Any]:
+    """A chat whose last turn has these parts: text, bytes of a picture, or what is sent as it is."""
+    made = []
+    for part in parts:
+        if isinstance(part, bytes):
+            part = {
+                "type": "image_url",
+                "image_url": {"url": f"data:image/png;base64,{base64.b64encode(part).decode()}"},
+            }
+        made.append({"type": "text", "text": part} if isinstance(part, str) else part)
+    return {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": made}]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("words", [("a negative",), ()])
+def test_a_chat_changes_a_picture(editor: Server, words: tuple[str, ...], stream: bool) -> None:
+    """The pictures of the last turn go along with its words, which may be missing."""
+    body = chat_with(*words, png((0, 0, 0)), png((100, 100, 100)))
+    if stream:
+        with editor.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as answer:
+            chunks = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+        (content,) = [c["choices"][0]["delta"]["content"] for c in chunks if "content" in c["choices"][0]["delta"]]
+    else:
+        content = editor.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
+    (part,) = content
+    image = opened(part["image_url"]["url"].removeprefix("data:image/png;base64,"))
+    assert (image.size, image.getpixel((0, 0))) == ((48, 32), (205, 205, 205))
+
+
+@pytest.mark.parametrize(
+    ("parts", "param"),
+    [
+        ([b"no picture"], "messages.1.content.0.image_url"),
+        (["x", png()[:60]], "messages.1.content.1.image_url"),
+        ([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], "messages.1.content.0.image_url"),
+        ([{"type": "image_url"}], "messages.1.content.0.image_url"),
+        ([png(), {"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,AAAA"}}], "messages"),
+        ([png((1, 1, 1), (1, 1))] * 17, "messages"),
+        ([], "messages"),
+    ],
+)
+def test_wrong_pictures_in_a_chat(editor: Server, parts: list[Any], param: str) -> None:
+    answer = editor.post("/v1/chat/completions", chat_with(*parts))
+    assert (answer.status_code, error_of(answer)["param"]) == (400, param), answer.text
+
+
 def test_edits_need_a_form(editor: Server) -> None:
     assert editor.post(EDITS, {"prompt": "x"}).status_code == 400
     head = {"content-type": "multipart/form-data; boundary=b"}
@@ -173,6 +219,13 @@ def test_sync(films: Server) -> None:
     assert answer.headers["x-model"] == "films"
     assert "0" in json.loads(answer.headers["x-stage-durations"])
     assert len(frames(answer.content)[0]) == 3
+    assert float(answer.headers["x-inference-time-s"]) >= 0
+
+
+def test_width_and_height_in_place_of_size(films: Server) -> None:
+    job = ended(films, films.post(VIDEOS, {"prompt": "x", "width": 64, "height": 32}).json()["id"])
+    assert (job["size"], job["file_name"]) == ("64x32", f"{job['id']}.mp4")
+    assert job["inference_time_s"] == pytest.approx(job["stage_durations"]["0"]["run_s"])
 
 
 def test_a_failed_and_a_cancelled_video(films: Server) -> None:
@@ -211,6 +264,8 @@ def test_pages_and_places(films: Server) -> None:
         ({"prompt": "x", "size": "99999x99999"}, "size", 400),
         ({"prompt": "x", "size": "256x256", "num_frames": 4000}, "num_frames", 400),
         ({"prompt": "x", "lora": "../x"}, "lora", 400),
+        ({"prompt": "x", "width": 64}, "size", 400),
+        ({"prompt": "x", "size": "64x64", "width": 64, "height": 64}, "size", 400),
         ({"prompt": "x", "model": "other"}, "model", 404),
         ({"prompt": ""}, "prompt", 400),
         ({"prompt": "x", "seconds": "soon"}, "seconds", 400),
@@ -261,7 +316,8 @@ def test_reference_of_videos(films: Server, block: Block, tmp_path: Path) -> Non
 @pytest.mark.parametrize("block", blocks("editor"), ids=lambda b: b.language)
 def test_reference_of_edits(editor: Server, block: Block, tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(png())
-    assert "b64_json" in run_block(block, editor, tmp_path)
+    made = run_block(block, editor, tmp_path)
+    assert "b64_json" in made or "data:image/png;base64" in made
 
 
 def test_fuzz(films: Server, tmp_path: Path) -> None:

@@ -53,6 +53,32 @@ def test_formats(pictures: Server, form: str) -> None:
     assert decode(answer.json()["data"][0]["b64_json"]).format == form.upper()
 
 
+def test_fields_that_clients_send_by_default(pictures: Server) -> None:
+    more = {"generator_device": "cpu"}
+    answer = pictures.openai.images.generate(prompt="x", quality="auto", background="opaque", extra_body=more)
+    assert answer.data is not None
+    assert answer.data[0].b64_json is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"vae_use_tiling": True}, "start it with --vae-use-tiling"),
+        ({"lora": {"path": "../../etc"}}, "there are no adapters"),
+        ({"style": "vivid"}, "say it in the prompt"),
+        ({"generator_device": "tpu"}, "'cpu' or 'cuda'"),
+        ({"quality": "high"}, "'auto'"),
+        ({"promt": "x"}, "unknown parameter"),
+    ],
+)
+def test_what_to_do_instead(pictures: Server, change: dict[str, Any], said: str) -> None:
+    """A field of other servers that is not there says what to do in its place."""
+    answer = pictures.post(PATH, {"prompt": "x", **change})
+    error = error_of(answer)
+    assert (answer.status_code, error["param"]) == (400, next(iter(change)))
+    assert said in error["message"]
+
+
 def test_metrics_of_a_picture(pictures: Server) -> None:
     body = {"prompt": "x", "seed": 4, "num_inference_steps": 7, "return_stage_metrics": True}
     metrics = pictures.post(PATH, body).json()["metrics"]

@@ -7,13 +7,25 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
 
+from vllm_omni.entrypoints.openai.args import ServeArgs
 from vllm_omni.entrypoints.openai.chat_protocol import TEXT_ONLY_FIELDS, ChatCompletionRequest, Message
 from vllm_omni.entrypoints.openai.choices import all_of, check_choices, side_by_side, total_usage
-from vllm_omni.entrypoints.openai.images import encode_base64, parse_size, pictures, token_usage, with_progress
+from vllm_omni.entrypoints.openai.edits import picture_of
+from vllm_omni.entrypoints.openai.forms import MAX_FILES
+from vllm_omni.entrypoints.openai.images import (
+    encode_base64,
+    has_pictures,
+    parse_size,
+    pictures,
+    size_of,
+    token_usage,
+    with_progress,
+)
+from vllm_omni.entrypoints.openai.media import load_media
 from vllm_omni.entrypoints.openai.request_ids import request_id
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.streaming import DONE, sse, streamed, while_connected
@@ -21,27 +33,43 @@ from vllm_omni.errors import RequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniSamplingParams, OmniTextPrompt
 from vllm_omni.outputs import OmniRequestOutput
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-def prompt_of(messages: Sequence[Message]) -> str:
-    """The text of the last turn, which must be a user's.
+
+def prompt_of(messages: Sequence[Message], args: ServeArgs, reads_pictures: bool) -> OmniTextPrompt:
+    """The last turn, which must be a user's: its text, and its pictures. Reads media: not in the event loop.
 
     Raises:
-        RequestError: another role, no text, or something else than text.
+        RequestError: another role, neither text nor a picture, or something that the model does not read.
     """
-    last = messages[-1]
+    last, where = messages[-1], f"messages.{len(messages) - 1}.content"
     if last.role != "user":
         raise RequestError("messages: the last one must be the user's", field="messages")
-    if isinstance(last.content, str):
-        texts = [last.content]
-    else:
-        for part in last.content or ():
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise RequestError("messages: this model reads text alone", field="messages")
-        texts = [part["text"] for part in last.content or ()]
-    text = "\n".join(texts)
-    if not text:
+    parts = [{"type": "text", "text": last.content}] if isinstance(last.content, str) else last.content or []
+    texts: list[str] = []
+    images: list[Image] = []
+    for place, part in enumerate(parts):
+        if part.get("type") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif part.get("type") == "image_url" and reads_pictures:
+            images.append(_picture(part.get("image_url"), f"{where}.{place}.image_url", args))
+        else:
+            known = "text and pictures" if reads_pictures else "text"
+            raise RequestError(f"messages: this model reads {known} alone", field="messages")
+        if len(images) > MAX_FILES:
+            raise RequestError(f"messages: allowed are {MAX_FILES} pictures", field="messages")
+    prompt: OmniTextPrompt = {"prompt": "\n".join(texts)}
+    if images:
+        prompt["multi_modal_data"] = {"image": images[0] if len(images) == 1 else images}
+    elif not prompt["prompt"]:
         raise RequestError("messages: the last one has no text", field="messages")
-    return text
+    return prompt
+
+
+def _picture(inner: object, field: str, args: ServeArgs) -> Image:
+    url = inner.get("url") if isinstance(inner, Mapping) else inner
+    return picture_of(load_media(url, "image", field, args), field)
 
 
 def picture_params(body: ChatCompletionRequest, limit: int) -> dict[str, Any]:
@@ -52,13 +80,7 @@ def picture_params(body: ChatCompletionRequest, limit: int) -> dict[str, Any]:
     """
     names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "seed", "num_outputs_per_prompt")
     given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
-    sides = {name: getattr(body, name) for name in ("width", "height") if getattr(body, name) is not None}
-    if sides and body.size is not None:
-        raise RequestError("size: given beside width or height", field="size")
-    if len(sides) == 1:
-        raise RequestError("width and height belong together", field=next(iter(sides)))
-    size = f"{sides['width']}x{sides['height']}" if sides else body.size
-    return {**given, **parse_size(size, limit)}
+    return {**given, **parse_size(size_of(body.size, body.width, body.height), limit)}
 
 
 @dataclass(frozen=True)
@@ -67,7 +89,7 @@ class PictureChat:
 
     service: Service
     body: ChatCompletionRequest
-    prompt: str | OmniTextPrompt
+    prompt: OmniTextPrompt
     runs: list[list[OmniSamplingParams]]
     """Parameters of the stages, for each answer."""
     head: dict[str, Any]
@@ -76,7 +98,7 @@ class PictureChat:
 
 async def chat_with_pictures(service: Service, body: ChatCompletionRequest, request: Request) -> Response:
     """Answer with pictures, as data URLs in the content."""
-    chat = _checked(service, body)
+    chat = await service.aside(_checked, service, body)
     if body.stream:
         return await streamed(request, _chunks(chat))
     made = await while_connected(request.receive, _made(chat))
@@ -92,10 +114,9 @@ def _checked(service: Service, body: ChatCompletionRequest) -> PictureChat:
         service.check_makes(kind, "modalities")
     check_choices(body.n or 1, service.args.max_queue)
     params = service.params(picture_params(body, service.args.max_generated_image_size))
-    text = prompt_of(body.messages)
-    prompt: str | OmniTextPrompt = text
+    prompt = prompt_of(body.messages, service.args, "image" in service.reads)
     if body.negative_prompt is not None:
-        prompt = {"prompt": text, "negative_prompt": body.negative_prompt}
+        prompt["negative_prompt"] = body.negative_prompt
     runs = [_numbered(service, params, number) for number in range(body.n or 1)]
     head = {"id": f"chatcmpl-{request_id(body.request_id)}", "created": int(time.time()), "model": service.name}
     return PictureChat(service, body, prompt, runs, head)
@@ -127,9 +148,9 @@ def _parts(outputs: Sequence[OmniRequestOutput]) -> list[dict[str, Any]]:
     return [{"type": "image_url", "image_url": {"url": url}} for url in urls]
 
 
-def _usage(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+def _usage(chat: PictureChat, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     """The tokens of one answer; None when the pipeline does not tell them."""
-    used = token_usage(metrics, reads_pictures=False)
+    used = token_usage(metrics, has_pictures(chat.prompt))
     if used is None:
         return None
     return {
@@ -144,7 +165,7 @@ def _answer(chat: PictureChat, made: Sequence[Sequence[OmniRequestOutput]]) -> b
     for index, outputs in enumerate(made):
         message = {"role": "assistant", "content": _parts(outputs), "refusal": None}
         choices.append({"index": index, "message": message, "finish_reason": "stop", "logprobs": None})
-    usage = total_usage([_usage(outputs[-1].metrics) for outputs in made])
+    usage = total_usage([_usage(chat, outputs[-1].metrics) for outputs in made])
     answer: dict[str, Any] = {**chat.head, "object": "chat.completion", "choices": choices, "usage": usage}
     if chat.body.return_stage_metrics:
         for choice, outputs in zip([answer] if len(made) == 1 else choices, made, strict=True):
@@ -178,6 +199,6 @@ async def _chunks(chat: PictureChat) -> AsyncGenerator[bytes, None]:
         told = json.loads(json.dumps(metrics.get(index, {}), default=str))
         yield chunk(index, {}, "stop", **({"metrics": told} if chat.body.return_stage_metrics else {}))
     if chat.body.stream_options is not None and chat.body.stream_options.include_usage:
-        usage = total_usage([_usage(metrics.get(index, {})) for index in range(len(chat.runs))])
+        usage = total_usage([_usage(chat, metrics.get(index, {})) for index in range(len(chat.runs))])
         yield sse({**head, "choices": [], "usage": usage})
     yield DONE

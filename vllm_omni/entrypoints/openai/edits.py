@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
@@ -76,7 +76,7 @@ def _images(form: Form, args: ServeArgs) -> Image | list[Image]:
     return images[0] if len(images) == 1 else images
 
 
-def picture_of(data: bytes, field: str) -> Any:
+def picture_of(data: bytes, field: str) -> Image:
     """A checked picture file, decoded to RGB.
 
     Raises:

@@ -36,6 +36,27 @@ _INSTEAD = {
     "best_of": "is not supported; n gives several answers to choose from",
     "use_beam_search": "is not supported; n with temperature gives several answers",
     "length_penalty": "is not supported; it belongs to beam search, which is not there",
+    "vae_use_slicing": "is the server's to decide; start it with --vae-use-slicing",
+    "vae_use_tiling": "is the server's to decide; start it with --vae-use-tiling",
+    "extra_params": "is not read; give each parameter as a field of its own",
+    "style": "is not read; say it in the prompt",
+    "moderation": "is not read; nothing is moderated here",
+    "mask_image": "is not read: no model here takes a mask; say in the prompt what is to change",
+    "reference_image": "is not read; give several pictures as image[]",
+    "image_reference": "is not read; a picture to begin with is input_reference",
+    "lora": "is not supported: there are no adapters for pictures and videos yet",
+    **dict.fromkeys(("flow_shift", "boundary_ratio"), "is not read; the checkpoint's schedule decides"),
+    **dict.fromkeys(
+        ("layers", "resolution", "bot_task", "sys_type", "system_prompt", "use_system_prompt", "strength"),
+        "is not read by any model here",
+    ),
+    **dict.fromkeys(
+        ("task_type", "ref_audio", "ref_text", "ref_audio_2", "speaker_embedding", "x_vector_only_mode"),
+        "is not supported: no model here copies a voice; /v1/audio/voices lists those that there are",
+    ),
+    "language": "is not read; say it in instructions",
+    "sample_rate": "is not read; the sound has the model's own rate",
+    "initial_codec_chunk_frames": "is the server's to decide, in the stage configuration's connectors",
 }
 """Parameters of other servers -> what to do instead."""
 

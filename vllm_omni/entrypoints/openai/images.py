@@ -52,13 +52,31 @@ class ImageGenerationRequest(BaseModel):
     partial_images: int = Field(
         0, ge=0, le=200, description="Previews of a stream, evenly spaced between the steps, at most one a step."
     )
+    background: Literal["auto", "opaque"] = Field("auto", description="Pictures are opaque.")
+    quality: Literal["auto"] = Field("auto", description="The model's own; num_inference_steps trades it for time.")
     user: str | None = Field(None, max_length=256, description="The end user, for the caller's own records.")
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
     num_inference_steps: int | None = Field(None, ge=1, le=200)
     guidance_scale: float | None = Field(None, ge=0, le=20)
     true_cfg_scale: float | None = Field(None, ge=0, le=20)
     seed: Seed | None = None
+    generator_device: Literal["cpu", "cuda"] | None = Field(None, description="Where noise from the seed is drawn.")
     return_stage_metrics: bool = Field(False, description="Add times, seed and steps to the answer.")
+
+
+def size_of(size: str | None, width: int | None, height: int | None) -> str | None:
+    """A request's size as text, which it may say as width and height, too.
+
+    Raises:
+        RequestError: it is given twice, or one side alone.
+    """
+    if width is None and height is None:
+        return size
+    if size is not None:
+        raise RequestError("size: given beside width or height", field="size")
+    if width is None or height is None:
+        raise RequestError("width and height belong together", field="height" if width is None else "width")
+    return f"{width}x{height}"
 
 
 def parse_size(size: str | None, limit: int) -> dict[str, int]:
@@ -172,7 +190,7 @@ def sampling_of(body: ImageGenerationRequest, limit: int) -> dict[str, Any]:
         RequestError: ``partial_images`` without a stream, the quality of a ``png``, or a ``size`` that is none or too
             large.
     """
-    names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "seed")
+    names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "seed", "generator_device")
     given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     if body.partial_images and not body.stream:
         raise RequestError("partial_images: needs stream=true", field="partial_images")

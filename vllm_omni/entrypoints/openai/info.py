@@ -78,7 +78,8 @@ def _chat(service: Service) -> dict[str, Any]:
 def _chat_with_pictures(image: dict[str, Any]) -> dict[str, Any]:
     """A model that makes pictures answers with them."""
     shown = {name: image["parameters"][name] for name in _CHAT_PICTURE_PARAMETERS if name in image["parameters"]}
-    return {"answers": ["image"], "inputs": {}, "speaks": False, "voices": [], "parameters": shown}
+    reads = {name: image[name] for name in ("inputs", "max_media_bytes")}
+    return {"answers": ["image"], **reads, "speaks": False, "voices": [], "parameters": shown}
 
 
 def _speech(service: Service) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class SpeechRequest(BaseModel):
     voice: str | None = Field(None, max_length=256, validation_alias=AliasChoices("voice", "speaker"))
     instructions: str | None = Field(None, max_length=MAX_INPUT, description="Replaces the wish to read the text.")
     response_format: Literal["wav", "pcm", "flac", "mp3", "opus"] = "wav"
-    speed: float = Field(1, ge=1, le=1, description="The model decides how fast it speaks; only 1 is possible.")
+    speed: float = Field(1, description="The model decides how fast it speaks; only 1 is possible.")
     stream: bool = Field(False, description="Send the sound as it is made (wav and pcm).")
     stream_format: Literal["audio", "sse"] | None = Field(None, description="As stream=true; sse: as events.")
     max_new_tokens: int | None = Field(
@@ -67,6 +67,8 @@ async def speech(body: SpeechRequest, request: Request) -> Response:
     service = service_of(request)
     service.check_model(body.model)
     service.check_makes("audio")
+    if body.speed != 1:
+        raise RequestError(f"speed={body.speed:g}: only 1 is possible; {service.name} decides itself", field="speed")
     streams = body.stream or body.stream_format is not None
     if streams and body.response_format not in ("wav", "pcm"):
         raise RequestError("response_format: a stream's is wav or pcm", field="response_format")

@@ -57,6 +57,7 @@ class VideoJob:
             "quality": "standard",
             "remixed_from_video_id": None,
             "error": self.error,
+            "file_name": f"{self.id}.mp4" if self.status == "completed" else None,
             **self.facts,
         }
 

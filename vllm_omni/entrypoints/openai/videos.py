@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from vllm_omni.entrypoints.openai.edits import picture_of
 from vllm_omni.entrypoints.openai.forms import form_of, form_schema, validated
 from vllm_omni.entrypoints.openai.health import service_of
-from vllm_omni.entrypoints.openai.images import MAX_PROMPT, Seed, parse_size
+from vllm_omni.entrypoints.openai.images import MAX_PROMPT, Seed, parse_size, size_of
 from vllm_omni.entrypoints.openai.media import check_media, optional
 from vllm_omni.entrypoints.openai.service import Service
 from vllm_omni.entrypoints.openai.streaming import while_connected
@@ -51,6 +51,8 @@ class VideoRequest(BaseModel):
         None, description="Length; or num_frames. In JSON it may be text, as OpenAI's clients write it."
     )
     size: str | None = Field(None, max_length=16, description='"WIDTHxHEIGHT" or "auto"')
+    width: int | None = Field(None, ge=16, le=16384, description="With height in place of size.")
+    height: int | None = Field(None, ge=16, le=16384)
     user: str | None = Field(None, max_length=256)
     num_frames: int | None = Field(None, ge=1, le=4096)
     fps: int | None = Field(None, ge=1, le=240)
@@ -136,7 +138,7 @@ def _sampling(body: VideoRequest, limit: int) -> dict[str, Any]:
             raise RequestError("seconds: given beside num_frames", field="seconds")
         given["fps"] = body.fps or FPS  # the model is to show as many a second as it was asked to make
         given["num_frames"] = max(1, round(body.seconds * given["fps"]))
-    size = parse_size(body.size, limit)
+    size = parse_size(size_of(body.size, body.width, body.height), limit)
     frames = given.get("num_frames", 1)
     if frames * size.get("width", 0) * size.get("height", 0) > MAX_PICTURES * limit:
         raise RequestError(f"num_frames={frames}: too many of this size", field="num_frames")
@@ -177,7 +179,13 @@ def encoded(output: OmniRequestOutput, fps: int | None) -> tuple[bytes, dict[str
         container.mux(stream.encode())
     count = len(frames)
     stages = output.metrics.get("stages", {})
-    facts = {"fps": rate, "num_frames": count, "duration_s": count / rate, "stage_durations": stages}
+    facts = {
+        "fps": rate,
+        "num_frames": count,
+        "duration_s": count / rate,
+        "inference_time_s": sum(times.get("run_s", 0.0) for times in stages.values()),
+        "stage_durations": stages,
+    }
     return out.getvalue(), {**facts, "size": f"{width}x{height}", "media_type": "video/mp4"}
 
 
@@ -201,7 +209,12 @@ async def _made(service: Service, body: VideoRequest, prompt: Any, params: Seque
 
 
 def _job(service: Service, body: VideoRequest) -> VideoJob:
-    return VideoJob(service.name, body.prompt, body.size or "auto", "" if body.seconds is None else f"{body.seconds:g}")
+    return VideoJob(
+        service.name,
+        body.prompt,
+        size_of(body.size, body.width, body.height) or "auto",
+        "" if body.seconds is None else f"{body.seconds:g}",
+    )
 
 
 # ---------------------------------------------------------------- endpoints
@@ -236,7 +249,7 @@ async def sync(request: Request) -> Response:
     headers = {
         "x-model": service.name,
         "x-stage-durations": json.dumps(job.facts["stage_durations"]),
-        "x-inference-time-s": f"{sum(times.get('run_s', 0.0) for times in job.facts['stage_durations'].values()):.3f}",
+        "x-inference-time-s": f"{job.facts['inference_time_s']:.3f}",
     }
     return Response(data, media_type="video/mp4", headers=headers)
 
