@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from vllm.config import ProfilerConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.exceptions import VLLMError
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.platforms import current_platform
 
@@ -17,6 +16,7 @@ from vllm_omni import envs
 from vllm_omni.config.model import OmniModelConfig
 from vllm_omni.config.schema import nearest
 from vllm_omni.engine.vllm_env import prepare_environment
+from vllm_omni.engine.vllm_errors import as_config_errors, reason
 from vllm_omni.errors import ConfigError
 from vllm_omni.model_executor.models.interfaces import (
     OmniEmbedder,
@@ -148,7 +148,7 @@ class OmniEngineArgs(EngineArgs):
             self.hf_overrides = override
             if self.hf_config_name is not None and self.model_stage != "thinker" and self.generation_config == "auto":  # type: ignore[has-type]
                 self.generation_config = "vllm"  # the checkpoint's defaults are the text model's
-        base = super().create_model_config()
+        base = self._base_config()
         model = model_class(base.architectures, base)
         embeds = issubclass(model, OmniEmbedder)
         self._check_model(model, base)
@@ -173,6 +173,46 @@ class OmniEngineArgs(EngineArgs):
             **values,
         )
 
+    def _base_config(self) -> Any:
+        """vLLM's own model configuration.
+
+        Raises:
+            ConfigError: the checkpoint has fewer positions than ``max_model_len``, or none.
+        """
+        given = self.max_model_len
+        try:
+            return super().create_model_config()
+        except ValueError as error:
+            if not isinstance(given, int) or given <= 0:
+                raise
+            longest = self._longest_context(error)
+            if given <= longest:
+                raise
+            raise ConfigError(
+                f"stage {self.stage_id}: max_model_len={given}: allowed are 1 to {longest}, the checkpoint's positions",
+                field="engine_args.max_model_len",
+                stage_id=self.stage_id,
+                value=given,
+                allowed=f"1 to {longest}",
+            ) from None
+
+    def _longest_context(self, refused: ValueError) -> int:
+        """What vLLM takes for ``max_model_len`` when it is not given, which it ``refused``."""
+        given, self.max_model_len = self.max_model_len, None  # type: ignore[has-type]
+        try:
+            longest: int = super().create_model_config().max_model_len
+        except ValueError as error:
+            if reason(error) == reason(refused):
+                raise
+            raise ConfigError(
+                f"stage {self.stage_id}: model={self.model!r}: the checkpoint's own context: {reason(error)}",
+                field="engine_args.model",
+                stage_id=self.stage_id,
+            ) from error
+        finally:
+            self.max_model_len = given
+        return longest
+
     def _check_model(self, model: type[Any], base: Any) -> None:
         if issubclass(model, OmniGenerator) != (self.stage_type == "generation"):
             hooks = "has" if self.stage_type == "ar" else "has no"
@@ -192,12 +232,8 @@ class OmniEngineArgs(EngineArgs):
         Raises:
             ConfigError: vLLM refuses a setting.
         """
-        try:
+        with as_config_errors(f"stage {self.stage_id}", "engine_args", stage_id=self.stage_id):
             config = super().create_engine_config(*args, **kwargs)
-        except ConfigError:
-            raise
-        except (VLLMError, ValueError, TypeError, OSError, NotImplementedError) as error:
-            raise ConfigError(f"stage {self.stage_id}: {error}", field="engine_args", stage_id=self.stage_id) from error
         if config.use_v2_model_runner:  # which vLLM takes for some settings, whatever the environment says
             raise ConfigError(f"stage {self.stage_id}: omni stages run on vLLM's V1 model runner", field="engine_args")
         if config.lora_config is not None and config.model_config.is_moe and current_platform.is_cpu():

@@ -146,11 +146,14 @@ def _checkpoint_configs(config: PipelineConfig) -> dict[Any, Any]:
         return {}
     from vllm.transformers_utils.config import get_config
 
+    from vllm_omni.engine.vllm_errors import as_config_errors
+
     models = {(s.engine_args["model"], bool(s.engine_args.get("trust_remote_code"))) for s in on_vllm}
-    try:
-        return {model: get_config(model, trust_remote_code=trust) for model, trust in models}
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"model: {error}", field="model") from error
+    configs = {}
+    for model, trust in models:
+        with as_config_errors(f"model={model!r}", "model"):
+            configs[model] = get_config(model, trust_remote_code=trust)
+    return configs
 
 
 def _node(config: PipelineConfig, stage: StageConfig, targets: tuple[int, ...], checkpoint: Any) -> StageNode:
