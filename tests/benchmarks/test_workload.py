@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,6 +92,23 @@ def test_speech() -> None:
 def test_a_model_that_does_not_make_it(workload: Any, target: Target, kind: str) -> None:
     with pytest.raises(ConfigError, match=f"asks for {kind}"):
         some(target, 1, workload=workload)
+
+
+@pytest.mark.parametrize(
+    ("settings", "target", "says"),
+    [
+        ({}, Target("filmer", frozenset({"video"}), 1), "none for models that make video, as filmer does"),
+        ({"workload": "mixed"}, replace(PAINTER, max_pixels=1536 * 1535), "workload: 1536x1536 has"),
+        ({"workload": "t2i"}, replace(PAINTER, max_pixels=10), "shape: 1024x1024 has 1048576 pixels"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(settings: Any, target: Target, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        some(target, 1, **settings)
+
+
+def test_pictures_of_the_largest_size_are_asked_for() -> None:
+    assert len(some(replace(PAINTER, max_pixels=1536 * 1536), 3, workload="mixed")) == 3
 
 
 @pytest.mark.parametrize("shape", ["", "512", "512x512", "512x512/0", "512/20", "512x512/20/1"])

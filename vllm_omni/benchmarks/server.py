@@ -44,7 +44,9 @@ async def find_target(client: HttpClient, args: BenchArgs) -> Target:
     makes = row.get("output_modalities")
     info = _object(await client.get("/v1/omni/info"))
     stages = info.get("stages", [])
-    return Target(str(row["id"]), None if makes is None else frozenset(makes), len(stages), info.get("version"))
+    most = info.get("image", {}).get("size", {}).get("max_pixels")
+    made = None if makes is None else frozenset(makes)
+    return Target(str(row["id"]), made, len(stages), info.get("version"), most)
 
 
 async def _when_there(client: HttpClient, args: BenchArgs) -> Answer:

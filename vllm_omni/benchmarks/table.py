@@ -65,7 +65,8 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     if result["retries"]:
         yield f"{result['retries']} requests were sent again after 429"
     if result.get("underrun", {}).get("requests"):
-        yield f"playback would have starved in {result['underrun']['requests']} requests"
+        count = result["underrun"]["requests"]
+        yield f"playback would have starved in {count} request{'' if count == 1 else 's'}"
     client = result["client"]
     if client["limits"]:
         yield f"this client was busy {client['cpu_share']:.0%} of the time: the server may be faster than that"

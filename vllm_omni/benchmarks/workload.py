@@ -66,13 +66,15 @@ class Target:
     """Number of stages; 0 when the server does not say."""
     version: str | None = None
     """Of the server's package."""
+    max_pixels: int | None = None
+    """Of a picture that it makes, at most; None when the server does not say."""
 
 
 def calls(args: BenchArgs, target: Target) -> Iterator[Call]:
     """The requests of ``args.workload``, without end; the n-th is the same in every run.
 
     Raises:
-        ConfigError: the served model does not make what the workload asks for.
+        ConfigError: the served model does not make what the workload asks for, or not so large.
     """
     chooser = {"small": _small, "t2i": _t2i, "mixed": _mixed, "tts": _tts, "omni": _omni}[args.workload]
     return chooser(args, target, random.Random(args.seed))
@@ -82,6 +84,15 @@ def _need(args: BenchArgs, target: Target, kind: str) -> None:
     if target.makes is not None and kind not in target.makes:
         made = " and ".join(sorted(target.makes))
         raise ConfigError(f"workload={args.workload!r} asks for {kind}; {target.model} makes {made}", field="workload")
+
+
+def _fits(target: Target, size: str, field: str) -> None:
+    width, height = map(int, size.split("x"))
+    if target.max_pixels is not None and width * height > target.max_pixels:
+        raise ConfigError(
+            f"{field}: {size} has {width * height} pixels; {target.model} makes {target.max_pixels} at most",
+            field=field,
+        )
 
 
 def _text(rng: random.Random, words: int) -> str:
@@ -106,6 +117,11 @@ def _small(args: BenchArgs, target: Target, rng: random.Random) -> Iterator[Call
         return _small_pictures(args, target, rng)
     if "audio" in target.makes:
         return _tts(args, target, rng)
+    if "text" not in target.makes:
+        made = " and ".join(sorted(target.makes))
+        raise ConfigError(
+            f"workload: there is none for models that make {made}, as {target.model} does", field="workload"
+        )
     return _chats(target, rng, words=20, output={"max_tokens": 32}, speaks=False)
 
 
@@ -121,11 +137,14 @@ def _t2i(args: BenchArgs, target: Target, rng: random.Random) -> Iterator[Call]:
     _need(args, target, "image")
     text = args.shape or "1024x1024/50"
     size, steps = parse_shape(text)
+    _fits(target, size, "shape")
     return _pictures(args, target, rng, iter(lambda: (text, size, steps), None))
 
 
 def _mixed(args: BenchArgs, target: Target, rng: random.Random) -> Iterator[Call]:
     _need(args, target, "image")
+    largest = max(edge for _, edge, _ in MIXED)
+    _fits(target, f"{largest}x{largest}", "workload")
 
     def shapes() -> Iterator[tuple[str, str, int]]:
         order = random.Random(MIXED_SEED)

@@ -121,6 +121,8 @@ def test_retries(pictures: Server, tmp_path: Path) -> None:
         (["--concurrency", "x"], "expected numbers"),
         (["--json", "/no/such/folder/out.json"], "no such folder"),
         (["--workload", "t3i"], "t3i"),
+        (["--workload", "mixed"], "workload: 1536x1536 has 2359296 pixels; painter makes 65536 at most"),
+        (["--workload", "t2i", "--shape", "512x512/2"], "shape: 512x512 has 262144 pixels"),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_one_line(
@@ -136,9 +138,9 @@ def test_what_cannot_be_measured_is_said_in_one_line(
 def test_no_request_that_succeeds_is_a_failure(
     pictures: Server, capsys: pytest.CaptureFixture[str], with_key: None
 ) -> None:
-    load = ("--workload", "mixed", "--num-requests", "2")
+    load = ("--workload", "t2i", "--shape", "8x8/2", "--num-requests", "2")
     assert run(["bench", "serve", "--base-url", pictures.url, *load]) == 1
-    assert "no request succeeded (1 at a time): 400: size=" in capsys.readouterr().err
+    assert "no request succeeded (1 at a time): 400: size: height=8" in capsys.readouterr().err
 
 
 def test_speech(omni_server: Server, tmp_path: Path) -> None:

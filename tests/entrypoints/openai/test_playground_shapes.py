@@ -127,3 +127,30 @@ def test_a_full_server_and_an_error_in_the_stream(page: Talking) -> None:
     page["send"].click()
     page.until(lambda: "a stage failed" in page["chat-error"].text)
     assert page.answers() == []
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(3.87, ["0", "1.00 s", "2.00 s", "3.00 s"]), (2.0, ["0", "0.50 s"])])
+def test_the_times_below_the_bars_stand_where_they_are(page: Talking, seconds: float, shown: list[str]) -> None:
+    """Each label is below its time, the last one too; one at the very end ends there."""
+    marks = page.later(
+        """const [seconds, done] = arguments;
+        const place = document.createElement("div");
+        place.className = "timeline";
+        place.style.width = "900px";
+        document.body.append(place);
+        import("/playground/timeline.js").then(({ draw }) => {
+          draw(place, { stages: {} }, [], seconds);
+          const axis = place.querySelector(".axis").getBoundingClientRect();
+          const marks = [...place.querySelectorAll(".axis span")].map((label) => {
+            const { left, right } = label.getBoundingClientRect();
+            return [label.textContent, (left - axis.left) / axis.width, (right - axis.left) / axis.width];
+          });
+          place.remove();
+          done(marks);
+        })""",
+        seconds,
+    )
+    assert [text for text, _, _ in marks][: len(shown)] == shown
+    for text, left, right in marks[1:]:
+        at = float(text.split()[0]) / seconds
+        assert right <= 1.001 if at > 0.95 else (left + right) / 2 == pytest.approx(at, abs=0.002)

@@ -75,6 +75,7 @@ function axis(end) {
   for (let at = 0; at <= end * 1.0001; at += mark) {
     const label = el("span", {}, at === 0 ? "0" : seconds(at));
     label.style.left = `${(100 * at) / end}%`;
+    if (at > 0.95 * end) label.className = "end"; // a centred one would stand beyond the bars
     marks.push(label);
   }
   return el("div", { className: "axis", "aria-hidden": "true" }, ...marks);
