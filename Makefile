@@ -36,8 +36,8 @@ lint: $(READY) ## style of the code: ruff check, ruff format
 check: lint ## lint and types: mypy (strict) on the package
 	$(BIN)/mypy vllm_omni
 
-test: $(READY) ## the test suite (ARGS="tests/cli -x"); GPU tests only where there is a GPU
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## the test suite (ARGS="tests/cli -x"; -n0: one process); GPU tests only where there is a GPU
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 bench: $(READY) ## measure what HTTP, orchestration and connector cost on this machine, into outputs/
 	@mkdir -p outputs

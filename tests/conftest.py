@@ -6,9 +6,29 @@ GPU tests run only where the driver lists a GPU, browser tests only where there 
 import os
 import shutil
 import signal
-import subprocess
 
 import pytest
+
+from tests.two_processes import (
+    has_gpu,
+    pytest_configure,
+    pytest_deselected,
+    pytest_keyboard_interrupt,
+    pytest_testnodedown,
+    pytest_testnodeready,
+    pytest_xdist_auto_num_workers,
+    pytest_xdist_make_scheduler,
+)
+
+__all__ = [
+    "pytest_configure",
+    "pytest_deselected",
+    "pytest_keyboard_interrupt",
+    "pytest_testnodedown",
+    "pytest_testnodeready",
+    "pytest_xdist_auto_num_workers",
+    "pytest_xdist_make_scheduler",
+]
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would every process they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -18,11 +38,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # on a GPU: references are exact float32, not TF32
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _has_gpu() -> bool:
-    tool = shutil.which("nvidia-smi")
-    return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
 
 
 def _has_browser() -> bool:
@@ -36,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     them held.
     """
     items.sort(key=lambda item: item.path.name != "test_ar_stage_client.py")
-    for name, is_there in (("gpu", _has_gpu), ("browser", _has_browser)):
+    for name, is_there in (("gpu", has_gpu), ("browser", _has_browser)):
         marked = [item for item in items if item.get_closest_marker(name)]
         if marked and not is_there():
             config.hook.pytest_deselected(items=marked)

@@ -51,11 +51,12 @@ class Server:
         self.url = ""
         try:
             assert self._up.wait(START_S) and self.url, "the server did not start:\n" + self.log  # noqa: PT018
-        except BaseException:  # a time-out of the test, too: nothing is left behind
+            headers = {"authorization": f"Bearer {self.api_key}"}
+            self.http = httpx.Client(base_url=self.url, timeout=60, headers=headers)
+            self.openai = OpenAI(base_url=self.url + "/v1", api_key=self.api_key, max_retries=0, timeout=60)
+        except BaseException:  # a time-out of the test and Ctrl-C, too: nothing is left behind
             self.process.kill()
             raise
-        self.http = httpx.Client(base_url=self.url, timeout=60, headers={"authorization": f"Bearer {self.api_key}"})
-        self.openai = OpenAI(base_url=self.url + "/v1", api_key=self.api_key, max_retries=0, timeout=60)
 
     def _read(self) -> None:
         assert self.process.stderr is not None
