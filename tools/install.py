@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Create ``.venv`` with the package, vLLM and the tools of development. Run by ``make install``; stdlib only.
 
+``--serving`` leaves the tools of development out, and ``--only-dependencies`` the package itself: a container's layer
+of dependencies can then be made before the package is there, and stays when the package changes.
+
 Two things need care on a machine without an NVIDIA GPU, where vLLM's CPU wheel and the CPU build of torch are used:
 
 * torch's CPU build comes from PyTorch's own index where that answers (it is asked with a short time-out), else from
@@ -18,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -106,6 +110,12 @@ def cpu_index_answers() -> bool:
         return False
 
 
+def dependencies(*extras: str) -> list[str]:
+    """What ``pyproject.toml`` names for the package with these extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project["dependencies"] + [name for extra in extras for name in project["optional-dependencies"][extra]]
+
+
 def imports(python: Path, module: str) -> bool:
     """Whether ``module`` imports in a fresh process of the environment."""
     return run(python, "-c", f"import {module}").returncode == 0
@@ -144,6 +154,8 @@ def main() -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="which vLLM (default: by GPU)"
     )
+    parser.add_argument("--serving", action="store_true", help="only what a server needs, no tools of development")
+    parser.add_argument("--only-dependencies", action="store_true", help="what the package needs, but not itself")
     args = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 (an older interpreter shall say so)
         sys.exit(f"install: Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
@@ -154,9 +166,16 @@ def main() -> None:
     if device == "cpu":
         index = ["--extra-index-url", TORCH_CPU_INDEX] if cpu_index_answers() else []
         pip_install(python, "torch (CPU build)", *index, TORCH)
-    pip_install(python, f"vllm-omni[{device},test] and what it needs", *index, "-e", f"{ROOT}[{device},test]")
+    extras = (device, "media" if args.serving else "test")
+    name = f"vllm-omni[{','.join(extras)}]"
+    if args.only_dependencies:
+        pip_install(python, f"what {name} needs", *index, *dependencies(*extras))
+    else:
+        pip_install(python, f"{name} and what it needs", *index, "-e", f"{ROOT}[{','.join(extras)}]")
     if device == "cpu":
         mend_torch_companions(python)
+    if args.only_dependencies:
+        return
 
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
     version = subprocess.run([args.venv / "bin" / "vllm-omni", "--version"], env=env, text=True, capture_output=True)

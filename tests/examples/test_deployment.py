@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from tests.entrypoints.openai.server import Server, picture_stages
-from vllm_omni.entrypoints.cli.main import build_app
+from vllm_omni.entrypoints.cli.main import USAGE_STATUS, build_app
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "deployment"
@@ -39,11 +39,16 @@ def options(words: list[str]) -> dict[str, object]:
     return parsed
 
 
-def container() -> dict[str, str]:
-    """The last instruction of each kind of the Dockerfile, lines joined."""
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile's instructions in their order, lines joined."""
     text = (FOLDER / "Dockerfile").read_text().replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return {word: rest for word, _, rest in (line.partition(" ") for line in lines)}
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines)]
+
+
+def container() -> dict[str, str]:
+    """The last instruction of each kind."""
+    return dict(instructions())
 
 
 def test_the_service_drains_before_it_is_killed() -> None:
@@ -53,8 +58,18 @@ def test_the_service_drains_before_it_is_killed() -> None:
     parsed = options(words)
     assert float(service["TimeoutStopSec"]) > float(str(parsed["drain_timeout"]))
     assert service["KillMode"] == "mixed"
+    assert int(service["RestartPreventExitStatus"]) == USAGE_STATUS
     assert f":{parsed['port']}/ready" in service["ExecStartPost"]
     assert f":{parsed['port']}/health" in unit("vllm-omni-health.service")["Service"]["ExecStart"]
+
+
+def test_a_start_that_fails_is_not_waited_for() -> None:
+    """What waits for readiness ends when the server's process has ended."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    wait = shlex.split(unit("vllm-omni.service")["Service"]["ExecStartPost"].replace(":8000", ":1"))
+    env = {"PATH": "/usr/bin:/bin", "MAINPID": str(ended.pid)}
+    assert subprocess.run(wait, env=env, capture_output=True, timeout=10).returncode == 1
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd")
@@ -107,6 +122,32 @@ def test_the_image_has_what_it_needs() -> None:
     options(shlex.split(run.partition(" vllm-omni ")[2]))
 
 
+def test_a_change_of_the_package_leaves_the_layer_of_its_dependencies() -> None:
+    """They are installed from two files, by options that the installer has; no layer keeps pip's or apt's cache."""
+    steps = instructions()
+    runs = [at for at, (word, rest) in enumerate(steps) if word == "RUN" and "install.py" in rest]
+    assert len(runs) == 2
+    dependencies, package = (shlex.split(steps[at][1]) for at in runs)
+    assert "--only-dependencies" in dependencies
+    assert "--only-dependencies" not in package
+    before = [rest.split()[:-1] for word, rest in steps[: runs[0]] if word == "COPY"]
+    assert before == [["pyproject.toml"], ["tools/install.py"]]
+    assert all("PIP_NO_CACHE_DIR=1" in words for words in (dependencies, package))
+    assert all("rm -rf /var/lib/apt/lists" in rest for word, rest in steps if word == "RUN" and "apt-get" in rest)
+    usage = subprocess.run([sys.executable, ROOT / "tools" / "install.py", "--help"], capture_output=True, text=True)
+    known = set(re.findall(r"--[a-z-]+", usage.stdout))
+    assert {word for word in (*dependencies, *package) if word.startswith("--")} <= known
+
+
+def test_the_build_sees_what_it_copies_and_nothing_else() -> None:
+    lines = (FOLDER / "Dockerfile.dockerignore").read_text().splitlines()
+    words = [line for line in lines if not line.startswith("#")]
+    assert words[0] == "*", "everything is left out ..."
+    seen = {word[1:] for word in words if word.startswith("!")}
+    copied = {source for word, rest in instructions() if word == "COPY" for source in rest.split()[:-1]}
+    assert seen == copied, "... but this"
+
+
 def test_kubernetes_runs_the_image() -> None:
     """The manifest and the page agree with the server's flags, its paths and the image's user."""
     deployment, service = yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text())
@@ -127,6 +168,10 @@ def test_kubernetes_runs_the_image() -> None:
     assert {get["port"] for get in probes.values()} | {item["targetPort"] for item in service["spec"]["ports"]} == names
     assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
     assert {mount["name"] for mount in one["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert one["securityContext"]["readOnlyRootFilesystem"]
+    home = dict(word.split("=") for word in container()["ENV"].split())["HOME"]
+    assert {mount["mountPath"] for mount in one["volumeMounts"]} == {"/models", "/dev/shm", "/tmp", home}
+    assert pod["enableServiceLinks"] is False, "VLLM_OMNI_PORT and the like are not settings"
 
 
 def test_the_copied_files_make_the_package(tmp_path: Path) -> None:
