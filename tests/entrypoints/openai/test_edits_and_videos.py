@@ -320,6 +320,12 @@ def test_reference_of_edits(editor: Server, block: Block, tmp_path: Path) -> Non
     assert "b64_json" in made or "data:image/png;base64" in made
 
 
+def test_fuzz_edits(editor: Server, tmp_path: Path) -> None:
+    from tests.entrypoints.openai.test_fuzz import fuzz
+
+    fuzz(editor, tmp_path, EDITS)
+
+
 def test_fuzz(films: Server, tmp_path: Path) -> None:
     from tests.entrypoints.openai.test_fuzz import fuzz
 

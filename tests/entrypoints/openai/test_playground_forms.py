@@ -13,7 +13,7 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.keys import Keys
 
 from tests.entrypoints.openai.browser import resize, scheme
-from tests.entrypoints.openai.page import Drawing, Page, run_code
+from tests.entrypoints.openai.page import Drawing, Page, Talking, run_code
 from tests.entrypoints.openai.server import Server
 from tests.entrypoints.openai.test_edits_and_videos import frames, png
 
@@ -226,3 +226,26 @@ def test_videos_that_fail(filming: Page) -> None:
     page.type(video__seconds="", video__num_frames="9999")
     page["film"].click()
     page.until(lambda: "4096" in page["video-num_frames-error"].text)
+
+
+# ---------------------------------------------------------------- chats
+
+
+def test_a_picture_is_changed_by_a_chat(editor: Server, chrome: Chrome, photo: Path, tmp_path: Path) -> None:
+    """A model that reads pictures takes them beside a message; the shown code does the same."""
+    page = Talking(chrome, editor.url, "chat")
+    try:
+        page.attach(photo)
+        page.ask("a negative")
+        (image,) = page.until(lambda: page.all("#turns .theirs img"))
+        assert corner(page, image) == (245, 155, 55)
+        page.inspect()
+        for language in ("curl", "python"):
+            folder = tmp_path / language
+            folder.mkdir()
+            (folder / "photo.png").write_bytes(photo.read_bytes())
+            run_code(page, folder, language)
+            with Image.open(folder / "picture-0.png") as made:
+                assert made.getpixel((0, 0)) == (245, 155, 55)
+    finally:
+        page.forget()
