@@ -138,7 +138,9 @@ def handles(world: World) -> Iterator[list[ARStageHandle]]:
     handles = fork(world.specs)
     pids = [pid for handle in handles for pid in handle.info.pids]
     yield handles
-    end_ar_stages(handles, grace=1.0)
+    end_ar_stages(handles)
+    codes = [process.exitcode for handle in handles for process in handle.processes]
+    assert codes == [0] * len(handles), "they end by themselves, also on a busy machine"
     assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
 

@@ -14,7 +14,7 @@ from vllm_omni.config.model import OmniModelConfig
 from vllm_omni.distributed.runtime_directory import remove_folder, rendezvous, unlink_shared_memory
 from vllm_omni.errors import ConfigError
 from vllm_omni.model_executor.models.registry import ensure_registered
-from vllm_omni.process import die_with_process
+from vllm_omni.process import die_with_process, end_in_order
 from vllm_omni.worker.gpu_ar_model_runner import GPUARModelRunner
 from vllm_omni.worker.gpu_generation_model_runner import GPUGenerationModelRunner
 from vllm_omni.worker.lora import fits_nothing
@@ -78,6 +78,15 @@ class OmniWorker(VllmWorker):
     def omni_counts(self) -> dict[str, int]:
         """Open requests and shared-memory segments that are still read, for health reports and tests."""
         return self.model_runner.omni_counts()
+
+    def shutdown(self) -> None:
+        """vLLM's release of what the worker holds; at the end of its process the kernel does that, and quicker."""
+        config = self.vllm_config
+        if config.kv_transfer_config is None and config.ec_transfer_config is None:  # these have peers
+            if self.profiler is not None:
+                self.profiler.shutdown()
+            end_in_order()
+        super().shutdown()
 
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's warm-up, then the model's own."""
