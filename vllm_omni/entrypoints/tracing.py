@@ -102,9 +102,10 @@ class StageTrace:
             ended: when the request did.
             target: the stage that gets the outputs past the driver.
         """
-        if self.admitted - self.submitted > 1e-6:
-            yield Slice("wait", self.submitted, self.admitted)
         straight = self.straight_from is not None
+        if self.admitted - self.submitted > 1e-6:
+            # Until something goes to the stage: those that are fed straight are told of the request before.
+            yield Slice("wait", self.submitted, self.sends[0].sent if self.sends else self.admitted)
         if not (self.outputs and self.sends):
             if self.sends or straight:
                 yield Slice("unfinished", self.sends[0].sent if self.sends else self.submitted, ended)
