@@ -78,7 +78,8 @@ def _blocks(*languages: str) -> list[Block]:
 def _commands() -> Iterator[tuple[Block, list[str]]]:
     """Every command of the shell blocks."""
     for block in _blocks("bash", "sh", "console"):
-        text = block.text.replace("\\\n", " ")
+        text = re.sub(r"(<< *(\w+)$).*?^\2$", r"\1", block.text, flags=re.MULTILINE | re.DOTALL)  # what a command reads
+        text = text.replace("\\\n", " ")
         for line in text.splitlines():
             line = line.split(" | ")[0].removeprefix("$ ")
             words = shlex.split(line, comments=True)

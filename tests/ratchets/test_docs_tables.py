@@ -22,7 +22,11 @@ from vllm_omni.model_executor.stage_input_processors.qwen3_omni import CONV_CONT
 
 GUIDE = ROOT / "docs" / "user_guide"
 # Options of other programs, and of scripts of this project, that the text of a page names.
-OTHER_OPTIONS = {"--gpus", "--shm-size", "--stop-timeout", "--out", "--number", "--setting", "--strict"}
+OTHER_OPTIONS = {
+    *("--gpus", "--shm-size", "--stop-timeout", "--init", "--read-only", "--tmpfs", "--cap-drop", "--security-opt"),
+    *("--build-arg", "--format", "--now"),  # of docker, podman, buildah and systemctl
+    *("--pdb", "--out", "--number", "--setting", "--strict"),
+}
 
 
 def section(page: str, head: str) -> str:
