@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
 SHARED = (
-    "tests/diffusion/models/",
-    "tests/entrypoints/openai/",
-    "tests/model_executor/qwen2_5_omni/",
-    "tests/model_executor/qwen3_omni/",
+    ("tests/diffusion/models/", "tests/diffusion/test_features_matrix.py"),
+    ("tests/entrypoints/openai/",),
+    ("tests/model_executor/qwen2_5_omni/",),
+    ("tests/model_executor/qwen3_omni/",),
 )
-"""Files below one of these share servers, engines or checkpoints: one process runs all of them."""
-BYTES = 8 << 30
+"""Files that share servers, engines or checkpoints, by the beginnings of their paths: one process runs a line."""
+BYTES = 6 << 30
 """Memory that the tests of one process may need."""
 END_S = 60.0
 """Longer than any fixture takes to end what it has started."""
@@ -59,7 +59,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return next((folder for folder in SHARED if file.startswith(folder)), file)
+            return next((files[0] for files in SHARED if file.startswith(files)), file)
 
     config.option.loadscopereorder = False
     return Files(config, log)
