@@ -66,6 +66,7 @@ def test_fields_that_clients_send_by_default(pictures: Server) -> None:
         ({"vae_use_tiling": True}, "start it with --vae-use-tiling"),
         ({"lora": {"path": "../../etc"}}, "there are no adapters"),
         ({"style": "vivid"}, "say it in the prompt"),
+        ({"width": 64}, 'give size="WIDTHxHEIGHT"'),
         ({"generator_device": "tpu"}, "'cpu' or 'cuda'"),
         ({"quality": "high"}, "'auto'"),
         ({"promt": "x"}, "unknown parameter"),

@@ -39,6 +39,7 @@ _INSTEAD = {
     "vae_use_slicing": "is the server's to decide; start it with --vae-use-slicing",
     "vae_use_tiling": "is the server's to decide; start it with --vae-use-tiling",
     "extra_params": "is not read; give each parameter as a field of its own",
+    **dict.fromkeys(("width", "height"), 'is not read here; give size="WIDTHxHEIGHT"'),
     "style": "is not read; say it in the prompt",
     "moderation": "is not read; nothing is moderated here",
     "mask_image": "is not read: no model here takes a mask; say in the prompt what is to change",
